@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo model test lint format wheel clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' Makefile
+
+demo: model ## answer a question about a generated document on 4 CPU ranks
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m apb.run +model=smollm2-135m
+
+model: $(READY) ## fetch the demo model, 270 MB on disk
+	$(BIN)/python -m apb.fetch smollm2-135m
+
+test: model ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY) ## fix style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: $(READY) ## build dist/*.whl
+	$(BIN)/hatchling build -t wheel
+
+clean: ## remove everything that make created here
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c .ci/constraints.txt -e ".[demo,test]"
+	@touch $@

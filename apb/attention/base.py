@@ -1,0 +1,146 @@
+"""The one attention primitive: rows attend to segments, and partial results merge exactly.
+
+Letters: T rows of this forward pass, S keys, H query heads, K key/value heads, G = H / K, D head
+dim, R ranks. The batch is always one document and carries no dimension.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Keys and values that the rows ``[start, stop)`` see under one rule.
+
+    `causal` means that row ``start + i`` sees keys ``0..i`` (as many keys as rows); otherwise every
+    row sees every key. A row may see several segments; the segments' row ranges are equal or disjoint.
+    """
+
+    start: int
+    stop: int
+    k_KSD: Tensor
+    v_KSD: Tensor
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        assert not self.causal or self.k_KSD.shape[1] == self.stop - self.start
+
+    @property
+    def is_empty(self) -> bool:
+        return self.start == self.stop or self.k_KSD.shape[1] == 0
+
+
+class LayerInputs(NamedTuple):
+    """One layer's queries, keys and values after RoPE, for all rows of the forward pass."""
+
+    layer_idx: int
+    q_HTD: Tensor
+    k_KTD: Tensor
+    v_KTD: Tensor
+    scale: float
+
+
+class AttentionPartial(NamedTuple):
+    """Softmax-weighted values and the log of the softmax's denominator (natural, scaled scores).
+
+    Where a row saw no key, ``out`` is 0 and ``lse`` is -inf.
+    """
+
+    out_THD: Tensor
+    lse_TH: Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int, num_heads: int, head_dim: int, like: Tensor) -> AttentionPartial:
+        return cls(
+            like.new_zeros((num_rows, num_heads, head_dim)),
+            like.new_full(
+                (num_rows, num_heads),
+                float("-inf"),
+                dtype=torch.promote_types(like.dtype, torch.float32),
+            ),
+        )
+
+
+def merge_partials(partials: Sequence[AttentionPartial]) -> AttentionPartial:
+    """The attention over the union of the keys, in the dtype of the lse, summed in the order given.
+
+    The maximum is subtracted before exponentiating: log-sum-exps beyond 88 overflow otherwise.
+    """
+    lse_NTH = torch.stack([partial.lse_TH for partial in partials])
+    peak_TH = lse_NTH.amax(dim=0)
+    peak_TH = peak_TH.masked_fill(peak_TH == float("-inf"), 0.0)
+    weight_NTH = (lse_NTH - peak_TH).exp()
+    total_TH = weight_NTH.sum(dim=0)
+    share_NTH = weight_NTH / total_TH.masked_fill(total_TH == 0.0, 1.0)
+    out_THD = share_NTH[0, ..., None] * partials[0].out_THD
+    for share_TH, partial in zip(share_NTH[1:], partials[1:], strict=True):
+        out_THD = torch.addcmul(out_THD, share_TH[..., None], partial.out_THD.to(out_THD.dtype))
+    return AttentionPartial(out_THD, peak_TH + total_TH.log())
+
+
+class AttentionBackend(ABC):
+    """Computes attention of rows over segments. A plug-in implements `attend_segment`."""
+
+    def attend(
+        self,
+        q_HTD: Tensor,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        carry: AttentionPartial | None = None,
+    ) -> AttentionPartial:
+        """Attention of every row over the segments it sees and over what `carry` already covers.
+
+        Args:
+            q_HTD: all rows of the pass; GQA query head ``h`` uses key/value head ``h // G``.
+            segments: may be empty; rows that no segment names keep `carry` or see nothing.
+            scale: factor on the scores.
+            carry: an earlier result for the same rows over other keys; it is not changed.
+        """
+        num_heads, num_rows, head_dim = q_HTD.shape
+        if carry is None:
+            result = AttentionPartial.empty(num_rows, num_heads, head_dim, q_HTD)
+        else:
+            result = AttentionPartial(carry.out_THD.clone(), carry.lse_TH.clone())
+        for (start, stop), group in _by_rows(segments).items():
+            partials = [
+                self.attend_segment(
+                    q_HTD[:, start:stop], s.k_KSD, s.v_KSD, causal=s.causal, scale=scale
+                )
+                for s in group
+            ]
+            if carry is not None:
+                partials.insert(0, AttentionPartial(*(x[start:stop] for x in carry)))
+            merged = partials[0] if len(partials) == 1 else merge_partials(partials)
+            result.out_THD[start:stop] = merged.out_THD
+            result.lse_TH[start:stop] = merged.lse_TH
+        return result
+
+    @abstractmethod
+    def attend_segment(
+        self, q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
+    ) -> AttentionPartial:
+        """Attention of all given rows over one segment with at least one row and one key."""
+
+
+def _by_rows(segments: Sequence[Segment]) -> dict[tuple[int, int], list[Segment]]:
+    groups: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        if not segment.is_empty:
+            groups.setdefault((segment.start, segment.stop), []).append(segment)
+    return groups
+
+
+@dataclass(kw_only=True, slots=True)
+class BackendConfig(ABC):
+    """Config of a backend."""
+
+    @abstractmethod
+    def build(self) -> AttentionBackend: ...

@@ -1,0 +1,80 @@
+"""The specification of attention over segments, in plain torch, on any device and in any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apb.attention.base import (
+    AttentionBackend,
+    AttentionPartial,
+    BackendConfig,
+    Segment,
+    merge_partials,
+)
+
+
+class ReferenceBackend(AttentionBackend):
+    """One softmax over all segments under a dense boolean mask: rows x keys memory, exact by reading.
+
+    It holds a mask of all rows by all keys, so it is for tests and short inputs.
+    """
+
+    def attend(
+        self,
+        q_HTD: Tensor,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        carry: AttentionPartial | None = None,
+    ) -> AttentionPartial:
+        num_heads, num_rows, head_dim = q_HTD.shape
+        partial = AttentionPartial.empty(num_rows, num_heads, head_dim, q_HTD)
+        if segments:
+            k_KSD = torch.cat([segment.k_KSD for segment in segments], dim=1)
+            v_KSD = torch.cat([segment.v_KSD for segment in segments], dim=1)
+            visible_TS = torch.cat([_visible(segment, num_rows) for segment in segments], dim=1)
+            partial = _masked_attention(q_HTD, k_KSD, v_KSD, visible_TS.to(q_HTD.device), scale)
+        return partial if carry is None else merge_partials([carry, partial])
+
+    def attend_segment(
+        self, q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
+    ) -> AttentionPartial:
+        segment = Segment(0, q_HTD.shape[1], k_KSD, v_KSD, causal)
+        return self.attend(q_HTD, [segment], scale=scale)
+
+
+def _visible(segment: Segment, num_rows: int) -> Tensor:
+    """Which rows see which keys of the segment: bool ``[T, S]``."""
+    row_T1 = torch.arange(num_rows)[:, None]
+    key_1S = torch.arange(segment.k_KSD.shape[1])[None, :]
+    in_range_T1 = (row_T1 >= segment.start) & (row_T1 < segment.stop)
+    rule_TS = key_1S <= row_T1 - segment.start if segment.causal else key_1S >= 0
+    return in_range_T1 & rule_TS
+
+
+def _masked_attention(
+    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, visible_TS: Tensor, scale: float
+) -> AttentionPartial:
+    groups = q_HTD.shape[0] // k_KSD.shape[0]
+    k_HSD = k_KSD.repeat_interleave(groups, dim=0)
+    v_HSD = v_KSD.repeat_interleave(groups, dim=0)
+    # At least fp32, and fp64 stays fp64 so that tests can measure everyone else's rounding.
+    dtype = torch.promote_types(q_HTD.dtype, torch.float32)
+    scores_HTS = q_HTD.to(dtype) @ k_HSD.to(dtype).mT * scale
+    scores_HTS = scores_HTS.masked_fill(~visible_TS, float("-inf"))
+    lse_HT = scores_HTS.logsumexp(dim=-1)
+    probs_HTS = (scores_HTS - lse_HT[..., None]).exp().nan_to_num()
+    out_HTD = probs_HTS @ v_HSD.to(dtype)
+    return AttentionPartial(out_HTD.transpose(0, 1).to(q_HTD.dtype), lse_HT.mT)
+
+
+@dataclass(kw_only=True, slots=True)
+class ReferenceConfig(BackendConfig):
+    """Config of `ReferenceBackend`."""
+
+    def build(self) -> ReferenceBackend:
+        return ReferenceBackend()

@@ -1,0 +1,69 @@
+"""One rank's share of the KV cache. It stores and hands out views; it never communicates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CacheShape(NamedTuple):
+    """What a model needs per cached token: ``num_layers * 2 * num_kv_heads * head_dim`` elements."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCacheShard:
+    """KV of some tokens at their true positions, for every layer, in one preallocated buffer.
+
+    A forward pass writes each layer's new rows behind the committed ones and commits them once all
+    layers are done, so a pass that fails half-way leaves the shard as it was.
+    """
+
+    def __init__(self, shape: CacheShape, *, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self._positions_S = torch.empty(capacity, dtype=torch.int64, device=device)
+        self._kv_L2KSD = torch.empty(
+            (shape.num_layers, 2, shape.num_kv_heads, capacity, shape.head_dim),
+            dtype=shape.dtype,
+            device=device,
+        )
+        self._length = 0
+
+    def __len__(self) -> int:
+        """Number of committed tokens."""
+        return self._length
+
+    @property
+    def positions_S(self) -> Tensor:
+        return self._positions_S[: self._length]
+
+    def write(self, layer_idx: int, k_KTD: Tensor, v_KTD: Tensor) -> None:
+        """Store one layer's new rows behind the committed ones."""
+        stop = self._length + k_KTD.shape[1]
+        assert stop <= self.capacity, f"cache of {self.capacity} tokens cannot hold {stop}"
+        self._kv_L2KSD[layer_idx, 0, :, self._length : stop] = k_KTD
+        self._kv_L2KSD[layer_idx, 1, :, self._length : stop] = v_KTD
+
+    def view(self, layer_idx: int, *, pending: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[K, S, D]`` of one layer: the committed rows and `pending` written ones."""
+        kv_2KSD = self._kv_L2KSD[layer_idx, :, :, : self._length + pending]
+        return kv_2KSD[0], kv_2KSD[1]
+
+    def commit(self, positions_T: Tensor) -> None:
+        """Make the rows that every layer has just written part of the shard."""
+        stop = self._length + positions_T.shape[0]
+        self._positions_S[self._length : stop] = positions_T
+        self._length = stop
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        assert 0 <= length <= self._length
+        self._length = length

@@ -1,0 +1,183 @@
+"""The only module that moves tensors between ranks. Every message says what it is and is checked.
+
+gloo and NCCL both accept a rank that skipped a collective and hand out another layer's bytes as if
+nothing had happened. So each buffer travels behind a 128-byte header (step, layer, kind, source,
+dtype, shape) and the receiver compares it with what it waits for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from apb.errors import EngineDeadError
+
+HEADER_BYTES = 128
+_MAGIC = 0x41504231
+# torch 2.13 renamed it and warns on every call of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
+
+
+class Kind(IntEnum):
+    """What a message carries."""
+
+    CONTROL = 1
+    ANCHOR = 2
+    PASSING = 3
+    PARTIAL = 4
+    REPORT = 5
+
+
+class Tag(NamedTuple):
+    """Which message this is: the forward pass, the layer within it, and the content."""
+
+    step: int
+    layer: int
+    kind: Kind
+
+
+class Pending:
+    """A message under way. `wait` returns the received tensor; it may be called more than once."""
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish = finish
+        self._result: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self._result is None:
+            self._result = self._finish()
+        return self._result
+
+
+@dataclass(slots=True)
+class Communicator:
+    """The collectives that apb uses. A world of one rank never touches torch.distributed."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    bytes_received: int = 0
+    _unverified: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def all_gather(self, x: Tensor, tag: Tag) -> Pending:
+        """Every rank's `x`, stacked in rank order: ``[R, *x.shape]``. `x` has one shape everywhere."""
+        if self.world_size == 1:
+            return Pending(lambda: x[None])
+        sent_U = self._pack(x, tag)
+        received_RU = sent_U.new_empty((self.world_size, sent_U.numel()))
+        work = _all_gather(received_RU.flatten(), sent_U, async_op=True)
+        return Pending(
+            lambda: self._arrive(work, sent_U, received_RU, range(self.world_size), tag, x)
+        )
+
+    def broadcast(self, x: Tensor, tag: Tag, *, src: int) -> Pending:
+        """Rank `src`'s `x` on every rank. Elsewhere `x` only says shape and dtype."""
+        if self.world_size == 1:
+            return Pending(lambda: x)
+        buffer_U = self._pack(x, tag, payload=self.rank == src)
+        work = dist.broadcast(buffer_U, src=src, async_op=True)
+        return Pending(
+            lambda: self._arrive(work, buffer_U, buffer_U[None], range(src, src + 1), tag, x)[0]
+        )
+
+    def broadcast_ints(self, values: Sequence[int], tag: Tag, *, src: int) -> list[int]:
+        """Rank `src`'s integers on every rank; all ranks pass the same number of them."""
+        if self.world_size == 1:
+            return list(values)
+        x = torch.tensor(values, dtype=torch.int64, device=self.device)
+        received: list[int] = self.broadcast(x, tag, src=src).wait().tolist()
+        return received
+
+    def all_gather_json(self, value: Any, tag: Tag) -> list[Any]:
+        """Every rank's JSON value, in rank order. JSON and not pickle: peers are not trusted with code."""
+        if self.world_size == 1:
+            return [value]
+        text_U = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([text_U.numel()], dtype=torch.int64, device=self.device)
+        sizes_R = self.all_gather(size, tag).wait().flatten().tolist()
+        padded_U = torch.zeros(max(sizes_R), dtype=torch.uint8, device=self.device)
+        padded_U[: text_U.numel()] = text_U.to(self.device)
+        texts_RU = self.all_gather(padded_U, tag).wait().cpu()
+        return [
+            json.loads(bytes(text_U[:size].tolist()))
+            for text_U, size in zip(texts_RU, sizes_R, strict=True)
+        ]
+
+    def _pack(self, x: Tensor, tag: Tag, *, payload: bool = True) -> Tensor:
+        nbytes = x.numel() * x.element_size()
+        # Rows of the gathered buffer start at multiples of 16 bytes, so that they can be viewed as any dtype.
+        buffer_U = torch.empty(
+            HEADER_BYTES + -(-nbytes // 16) * 16, dtype=torch.uint8, device=self.device
+        )
+        buffer_U[:HEADER_BYTES] = _header(tag, self.rank, x).view(torch.uint8).to(self.device)
+        if payload:
+            _payload(buffer_U[None], x)[0].copy_(x)
+        return buffer_U
+
+    def _arrive(
+        self,
+        work: Any,
+        sent_U: Tensor,
+        received_RU: Tensor,
+        sources: Sequence[int],
+        tag: Tag,
+        like: Tensor,
+    ) -> Tensor:
+        work.wait()
+        others = sum(source != self.rank for source in sources)
+        self.bytes_received += others * sent_U.numel()
+        expected_R16 = torch.stack([_header(tag, source, like) for source in sources])
+        self._unverified.append((expected_R16, received_RU[:, :HEADER_BYTES].view(torch.int64)))
+        if self.device.type == "cpu":
+            self.verify()
+        return _payload(received_RU, like)
+
+    def verify(self) -> None:
+        """Check the headers of all messages received since the last call.
+
+        On the CPU this happens on arrival. On a GPU a look at a header would stall the stream, so the
+        engine asks once per forward pass, before any result of it leaves the rank.
+
+        Raises:
+            EngineDeadError: a message is not the one that was waited for.
+        """
+        if not self._unverified:
+            return
+        expected_N16 = torch.cat([expected for expected, _ in self._unverified])
+        received_N16 = torch.cat([received for _, received in self._unverified]).cpu()
+        self._unverified.clear()
+        for expected_16, received_16 in zip(expected_N16, received_N16, strict=True):
+            if not torch.equal(expected_16, received_16):
+                raise EngineDeadError(_mismatch(self.rank, expected_16, received_16))
+
+
+def _header(tag: Tag, source: int, x: Tensor) -> Tensor:
+    fields = [_MAGIC, *tag, source, _DTYPES.index(x.dtype), x.dim(), *x.shape]
+    return torch.tensor(fields + [0] * (HEADER_BYTES // 8 - len(fields)), dtype=torch.int64)
+
+
+def _payload(buffer_RU: Tensor, like: Tensor) -> Tensor:
+    flat_RN = buffer_RU[:, HEADER_BYTES:].view(like.dtype)[:, : like.numel()]
+    return flat_RN.unflatten(1, like.shape) if like.dim() else flat_RN[:, 0]
+
+
+def _mismatch(rank: int, expected_16: Tensor, received_16: Tensor) -> str:
+    def describe(header_16: Tensor) -> str:
+        magic, step, layer, kind, source, _, dim, *shape = header_16.tolist()
+        if magic != _MAGIC:
+            return "bytes that are no apb message"
+        name = Kind(kind).name.lower() if kind in set(Kind) else f"kind {kind}"
+        return f"{name} of step {step}, layer {layer}, rank {source}, shape {shape[:dim]}"
+
+    return (
+        f"rank {rank} waited for {describe(expected_16)} and received {describe(received_16)}: "
+        "a rank skipped or repeated a collective"
+    )

@@ -1,0 +1,1 @@
+"""Compressors choose the essential KV pairs of a block; one file each."""

@@ -1,0 +1,193 @@
+"""The configuration: one dataclass, and one table of plug-ins. The schema is the registry.
+
+To add a plug-in: a file with its class and config, a line in `PLUGINS`, a YAML file in `conf/`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from apb.attention.base import BackendConfig
+from apb.attention.reference import ReferenceConfig
+from apb.attention.sdpa import SdpaConfig
+from apb.compress.knorm import KnormConfig
+from apb.compress.query import QueryConfig
+from apb.compress.random import RandomConfig
+from apb.compress.window import WindowConfig
+from apb.errors import InputError
+from apb.methods.apb import ApbConfig
+from apb.methods.base import MethodConfig
+from apb.methods.full import FullConfig
+from apb.methods.star import StarConfig
+from apb.model_config import ModelConfig
+from apb.paths import config_dir
+from apb.prompts.source import FileConfig, NeedleConfig, PromptConfig, TextConfig
+from apb.sampling import SamplingParams
+
+PLUGINS: Mapping[str, Mapping[str, type]] = {
+    "method": {"apb": ApbConfig, "star": StarConfig, "full": FullConfig},
+    "method/compressor": {
+        "query": QueryConfig,
+        "window": WindowConfig,
+        "knorm": KnormConfig,
+        "random": RandomConfig,
+    },
+    "backend": {"sdpa": SdpaConfig, "reference": ReferenceConfig},
+    "prompt": {"needle": NeedleConfig, "file": FileConfig, "text": TextConfig},
+}
+APPEND_ONLY = ("model",)
+"""Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DecodeConfig:
+    """Sampling, with vLLM's names (see `SamplingParams`)."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        self.sampling_params(seed=0)
+
+    def sampling_params(self, *, seed: int) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=seed,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run can be told.
+
+    Attributes:
+        num_blocks: blocks of the context; None is one per rank.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu` or `cuda`.
+        seed: of sampling, the random compressor and generated documents.
+        allow_beyond_context: run documents longer than the model's positions.
+        launcher: `auto` (torchrun inside one, else local), `local` or `torchrun`.
+        world_size: ranks that the local launcher starts.
+        output: a file for the result as JSON.
+    """
+
+    model: ModelConfig = MISSING
+    method: MethodConfig = MISSING
+    backend: BackendConfig = MISSING
+    prompt: PromptConfig = MISSING
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    num_blocks: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    allow_beyond_context: bool = False
+    launcher: str = "auto"
+    world_size: int | None = None
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        _check_choice("launcher", self.launcher, ("auto", "local", "torchrun"))
+        for name in ("num_blocks", "world_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+
+
+def register_configs() -> None:
+    """Make the schemas known to Hydra; repeating it does no harm."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(group="model", name="model_schema", node=ModelConfig)
+    for group, plugins in PLUGINS.items():
+        for name, schema in plugins.items():
+            store.store(group=group, name=f"{name}_schema", node=schema)
+
+
+def model_names() -> list[str]:
+    return sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+
+
+def normalised(overrides: Sequence[str]) -> list[str]:
+    """Accept ``model=x`` for ``+model=x``, the form that most Hydra users type."""
+    return [
+        f"+{override}" if override.split("=")[0] in APPEND_ONLY else override
+        for override in overrides
+    ]
+
+
+_COMPOSE_LOCK = threading.Lock()
+"""Hydra keeps the configuration search path in a process-wide singleton."""
+
+
+def compose_config(overrides: Sequence[str]) -> RunConfig:
+    """The configuration that `overrides` describe.
+
+    Raises:
+        InputError: an unknown key, a wrong type, a value out of range, or no model.
+    """
+    register_configs()
+    with _COMPOSE_LOCK, _own_hydra():
+        try:
+            config = compose("run", normalised(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(_one_line(error)) from error
+    return to_run_config(config)
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Compose even within a Hydra application, ours or the caller's, and leave it as it was."""
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = theirs
+
+
+def to_run_config(config: DictConfig) -> RunConfig:
+    """The dataclasses behind a composed configuration, validated."""
+    if OmegaConf.is_missing(config, "model"):
+        raise InputError(f"no model given: add +model=NAME with one of {', '.join(model_names())}")
+    try:
+        return cast(RunConfig, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise InputError(_one_line(error)) from error
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}={value} must be one of {', '.join(choices)}")
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages put the cause in several lines; users get one sentence."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    useful = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
+    return " ".join(useful) or type(error).__name__

@@ -1,0 +1,150 @@
+"""An unmodified Hugging Face causal LM that runs packed rows with apb's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from apb.attention.base import LayerInputs
+from apb.cache import CacheShape
+from apb.errors import InputError
+from apb.hf import attention
+from apb.hf.checkpoint import Checkpoint, check_supported
+from apb.hf.linear import MIN_ROWS, WideLinears, has_fast_bf16
+from apb.methods.base import Attend
+from apb.model_config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it fast, float32 otherwise."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return DTYPES[name]
+
+
+def load_config(config: ModelConfig) -> PreTrainedConfig:
+    """The model's configuration, checked; no weight is read.
+
+    Raises:
+        InputError: not found, or not supported.
+    """
+    if config.architecture is None:
+        return Checkpoint.find(config).load_config()
+    options = dict(config.architecture)
+    hf_config = AutoConfig.for_model(options.pop("model_type"), **options)
+    check_supported(hf_config)
+    return hf_config
+
+
+class CausalLM:
+    """Runs rows of one document through the decoder layers; the LM head only where asked."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        attention.register()
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+        self._model = model.eval().requires_grad_(False)
+        self._wide = not has_fast_bf16(model.device)
+
+    @classmethod
+    def load(cls, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> CausalLM:
+        """Load weights; where their dtype is the one asked for they stay memory-mapped, shared by ranks.
+
+        Raises:
+            InputError: unreadable or unfitting weights.
+        """
+        hf_config = load_config(config)
+        if config.architecture is not None:
+            return cls(_random_model(hf_config, seed=config.weights_seed, dtype=dtype).to(device))
+        checkpoint = Checkpoint.find(config)
+        transformers_logging.disable_progress_bar()
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.location,
+                **checkpoint.options,
+                dtype=dtype,
+                use_safetensors="gguf_file" not in checkpoint.options or None,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"cannot load {checkpoint.location}: {reason}") from error
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise InputError(
+                f"{checkpoint.location} lacks {len(missing)} weights of its own configuration, "
+                f"{missing[0]} first: the download is incomplete or of another model"
+            )
+        return cls(model.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        config = self._model.config
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return CacheShape(
+            config.num_hidden_layers, config.num_key_value_heads, head_dim, self.dtype
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend) -> Tensor:
+        """Final hidden states ``[T, M]`` of packed rows; `attend` is called once per layer.
+
+        `token_ids` may be empty: the rank then takes part in the layers' exchanges only.
+        """
+        if not token_ids:
+            return self._forward_nothing(attend)
+        ids_1T = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.device)
+        wide = self._wide and len(token_ids) >= MIN_ROWS
+        with WideLinears() if wide else nullcontext():
+            output = self._model.base_model(
+                input_ids=ids_1T,
+                position_ids=positions_T[None],
+                use_cache=False,
+                apb_attend=attend,
+            )
+        hidden_TM: Tensor = output.last_hidden_state[0]
+        return hidden_TM
+
+    def _forward_nothing(self, attend: Attend) -> Tensor:
+        """transformers cannot reshape zero rows, so a rank without a block only meets the others."""
+        config, shape = self._model.config, self.cache_shape
+        hidden_TM = torch.empty(0, config.hidden_size, dtype=self.dtype, device=self.device)
+        q_HTD = hidden_TM.new_empty(config.num_attention_heads, 0, shape.head_dim)
+        kv_KTD = hidden_TM.new_empty(shape.num_kv_heads, 0, shape.head_dim)
+        for layer_idx in range(shape.num_layers):
+            attend(LayerInputs(layer_idx, q_HTD, kv_KTD, kv_KTD, scale=1.0))
+        return hidden_TM
+
+    @torch.inference_mode()
+    def logits(self, hidden_TM: Tensor) -> Tensor:
+        """Logits ``[T, V]`` in fp32."""
+        head = self._model.get_output_embeddings()
+        logits_TV: Tensor = head(hidden_TM).float()
+        return logits_TV
+
+
+def _random_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights, the same on every rank and whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.to(dtype)

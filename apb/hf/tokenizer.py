@@ -1,0 +1,48 @@
+"""Loading a model's tokenizer and the tokens that end its answers."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from apb.errors import InputError
+from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.hf.checkpoint import Checkpoint
+from apb.model_config import ModelConfig
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; models with random weights read bytes.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    if config.architecture is not None:
+        return byte_tokenizer()
+    checkpoint = Checkpoint.find(config)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.location, **checkpoint.options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot read the tokenizer of {checkpoint.location}: {reason}") from error
+    return tokenizer
+
+
+def stop_ids(
+    config: ModelConfig, hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Every token the model's own files name as an end: configuration, generation config, tokenizer."""
+    named: list[int | list[int] | None] = [hf_config.eos_token_id, tokenizer.eos_token_id]
+    if config.architecture is None:
+        checkpoint = Checkpoint.find(config)
+        try:
+            generation = GenerationConfig.from_pretrained(checkpoint.location)
+        except OSError:  # the file is optional
+            pass
+        else:
+            named.append(generation.eos_token_id)
+    ids: set[int] = set()
+    for value in named:
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(ids)

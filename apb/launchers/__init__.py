@@ -1,0 +1,1 @@
+"""Launchers: how the ranks come to be and how requests reach them."""

@@ -1,0 +1,26 @@
+"""What `LLM` needs of the ranks, wherever they run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from typing import Any
+
+
+class Session(ABC):
+    """A gang of ranks that takes one request at a time."""
+
+    @abstractmethod
+    def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
+        """Send a request (see `RequestRunner.handle`) and yield its replies.
+
+        Closing the iterator early cancels the request.
+
+        Raises:
+            InputError, RequestError: the request failed; the ranks go on.
+            EngineDeadError: the ranks are gone.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the ranks; repeating it does no harm."""

@@ -1,0 +1,98 @@
+"""Which rank holds which context token. Integers only, so any rank can be reasoned about in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from apb.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A contiguous slice ``[start, stop)`` of the context, run and cached by one rank."""
+
+    index: int
+    start: int
+    stop: int
+    rank: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLayout:
+    """The blocks of a context, in order; together they hold every context token exactly once.
+
+    Blocks may differ in length, a rank may own several of them (not necessarily neighbours), and
+    ranks without a block hold an empty shard.
+    """
+
+    context_len: int
+    world_size: int
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        edges = [0, *(block.stop for block in self.blocks)]
+        assert [block.start for block in self.blocks] == edges[:-1], "blocks leave a gap or overlap"
+        assert edges[-1] == self.context_len, "blocks do not end where the context ends"
+        assert all(len(block) > 0 for block in self.blocks), "a block without a token"
+        assert all(0 <= block.rank < self.world_size for block in self.blocks)
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], ranks: Sequence[int], *, world_size: int
+    ) -> SequenceLayout:
+        """Blocks of the given lengths, block ``i`` on ``ranks[i]``."""
+        edges = [0]
+        for length in lengths:
+            edges.append(edges[-1] + length)
+        blocks = tuple(
+            Block(index, start, stop, rank)
+            for index, ((start, stop), rank) in enumerate(zip(pairwise(edges), ranks, strict=True))
+        )
+        return cls(edges[-1], world_size, blocks)
+
+    @classmethod
+    def even(cls, context_len: int, *, num_blocks: int, world_size: int) -> SequenceLayout:
+        """Blocks whose lengths differ by at most one token, neighbours on the same rank (paper)."""
+        lengths = [
+            (index + 1) * context_len // num_blocks - index * context_len // num_blocks
+            for index in range(num_blocks)
+        ]
+        spread = max(num_blocks, world_size)
+        ranks = [index * world_size // spread for index in range(num_blocks)]
+        return cls.from_lengths(lengths, ranks, world_size=world_size)
+
+    def owned_by(self, rank: int) -> tuple[Block, ...]:
+        return tuple(block for block in self.blocks if block.rank == rank)
+
+    def tokens_on(self, rank: int) -> int:
+        return sum(len(block) for block in self.owned_by(rank))
+
+    @property
+    def max_block_len(self) -> int:
+        return max(map(len, self.blocks))
+
+
+def choose_num_blocks(
+    context_len: int, *, requested: int | None, world_size: int, min_block_len: int
+) -> int:
+    """How many blocks to cut `context_len` tokens into; at least one, each with at least one token.
+
+    A requested number is honoured while every block gets a token. Otherwise it is one block per
+    rank, or fewer where blocks would fall below `min_block_len` tokens.
+
+    Raises:
+        InputError: fewer blocks requested than there are ranks.
+    """
+    if requested is None:
+        return max(1, min(world_size, context_len // max(1, min_block_len)))
+    if requested < world_size:
+        raise InputError(
+            f"num_blocks={requested} is below the {world_size} ranks, so some ranks would have no "
+            f"work: raise num_blocks to at least {world_size} or start fewer ranks"
+        )
+    return min(requested, context_len)

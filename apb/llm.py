@@ -1,0 +1,212 @@
+"""The Python interface: ask questions about long documents."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+from apb.config import RunConfig, compose_config, model_names
+from apb.errors import InputError, RequestError
+from apb.launchers.base import Session
+from apb.launchers.local import LocalSession
+from apb.output import RequestOutput
+from apb.sampling import SamplingParams
+
+Tokens = str | Sequence[int]
+"""Text, or token ids of the model's tokenizer."""
+
+
+class LLM:
+    """A model spread over ranks that stay up between requests. One request runs at a time.
+
+    Args:
+        model: a name in `conf/model/`, a local folder, a GGUF file or a Hub id.
+        world_size: ranks that `launcher="local"` starts; by default one per GPU, or one.
+        launcher: `local` (processes of this machine), `torchrun` (inside one: every rank calls and
+            every rank gets the result) or `auto`.
+        overrides: any Hydra override, such as ``"method.anchor_len=256"``.
+        settings: shorthand for the common ones: `method`, `backend`, `dtype`, `device`,
+            `num_blocks`, `seed`, `allow_beyond_context`.
+
+    Raises:
+        InputError: a wrong setting or model, before weights are read.
+        EngineDeadError: a rank did not come up.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        world_size: int | None = None,
+        launcher: str = "auto",
+        overrides: Sequence[str] = (),
+        **settings: str | int | bool,
+    ) -> None:
+        named = {"launcher": launcher, "world_size": world_size, **settings}
+        shorthand = [
+            f"{name}={_quoted(value)}" for name, value in named.items() if value is not None
+        ]
+        self._start([*_model_overrides(model), *shorthand, *overrides])
+        try:
+            _result(self._session.call("load"))
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_overrides(cls, overrides: Sequence[str]) -> LLM:
+        """An LLM from Hydra overrides alone, whose weights are loaded by its first valid request."""
+        llm = cls.__new__(cls)
+        llm._start(overrides)
+        return llm
+
+    def _start(self, overrides: Sequence[str]) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self.config = compose_config(overrides)
+        self._session = _open_session(self.config, overrides)
+
+    def ask(
+        self, document: Tokens, question: Tokens, params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """The answer to a question about a document.
+
+        Raises:
+            InputError: an empty or too long document or question; the LLM stays usable.
+            RequestError: the request failed while it ran; the LLM stays usable.
+            EngineDeadError: the ranks are gone.
+        """
+        with self._request():
+            replies = self._session.call("ask", **_ask_arguments(document, question, params))
+            return RequestOutput.from_json(_result(replies))
+
+    def stream(
+        self, document: Tokens, question: Tokens, params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """The answer's text in pieces as they become certain. Closing the iterator cancels it."""
+        with self._request():
+            arguments = _ask_arguments(document, question, params)
+            with closing(self._session.call("ask", **arguments)) as replies:
+                for reply in replies:
+                    if reply.get("piece"):
+                        yield reply["piece"]
+
+    def logprobs(
+        self, document: Tokens, continuation: Tokens, query: Tokens | None = None
+    ) -> list[float]:
+        """Log-probability of each continuation token after the document, without any template.
+
+        `query` only steers what is compressed; it is not part of the text.
+        """
+        with self._request():
+            arguments = {
+                "document": _plain(document),
+                "continuation": _plain(continuation),
+                "query": None if query is None else _plain(query),
+            }
+            values: list[float] = _result(self._session.call("logprobs", **arguments))
+            return values
+
+    def make_needle(self, **arguments: Any) -> dict[str, str]:
+        """A generated document with a fact in it, measured in this model's tokens (`make_needle`)."""
+        with self._request():
+            case: dict[str, str] = _result(self._session.call("needle", **arguments))
+            return case
+
+    def close(self) -> None:
+        """End the ranks; repeating it does no harm."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """Other threads wait their turn; the same thread would wait for itself."""
+        if self._holder == threading.get_ident():
+            raise RequestError(
+                "a stream of this thread is still open: read it to its end or close it"
+            )
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+
+
+def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
+    if config.launcher == "torchrun" or (config.launcher == "auto" and _inside_torchrun()):
+        # Here, as it imports transformers, which the driver of a local gang does without.
+        from apb.launchers.torchrun import TorchrunSession
+
+        return TorchrunSession(config)
+    return LocalSession(overrides, world_size=config.world_size or _default_world_size(config))
+
+
+def _inside_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _default_world_size(config: RunConfig) -> int:
+    import torch
+
+    return 1 if config.device == "cpu" else max(1, torch.cuda.device_count())
+
+
+def _model_overrides(model: str) -> list[str]:
+    if model in model_names():
+        return [f"model={model}"]
+    if not model.strip():
+        raise InputError(
+            f"model is empty: give a name ({', '.join(model_names())}), a path or a Hub id"
+        )
+    path = os.path.abspath(model) if os.path.exists(model) else model
+    return [
+        "model=custom",
+        f"model.path={_quoted(path)}",
+        f"model.name={_quoted(os.path.basename(path))}",
+    ]
+
+
+def _quoted(value: object) -> str:
+    """A value in Hydra's override grammar."""
+    if not isinstance(value, str):
+        return str(value).lower()
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _ask_arguments(
+    document: Tokens, question: Tokens, params: SamplingParams | None
+) -> dict[str, Any]:
+    return {
+        "document": _plain(document),
+        "question": _plain(question),
+        "params": asdict(params or SamplingParams()),
+    }
+
+
+def _plain(tokens: Tokens) -> str | list[int]:
+    return tokens if isinstance(tokens, str) else [int(token) for token in tokens]
+
+
+def _result(replies: Iterator[dict[str, Any]]) -> Any:
+    """The value of the last reply."""
+    reply: dict[str, Any] = {}
+    for reply in replies:
+        pass
+    return reply["result"]

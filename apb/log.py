@@ -1,0 +1,28 @@
+"""One line per event, prefixed with the rank."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+
+def configure_logging(rank: int, world_size: int) -> None:
+    """Send apb's log to stderr: everything from INFO on rank 0, warnings elsewhere.
+
+    Only apb's own logger is touched; an application that has given it handlers keeps them.
+    """
+    logger = logging.getLogger("apb")
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"[r{rank}/{world_size}] %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def log_to_file(path: Path) -> None:
+    """Also write apb's log to `path`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("apb").addHandler(handler)

@@ -1,0 +1,139 @@
+"""APB: anchor, passing blocks and local attention (Huang et al., ACL 2025, arXiv 2502.12085)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from apb.compress.base import Compressor, CompressorConfig
+from apb.errors import InputError
+from apb.layout import SequenceLayout, choose_num_blocks
+from apb.methods.base import MethodConfig
+from apb.methods.blocks import BlockMethod
+from apb.methods.plan import Anchor, AnchorForm, PrefillPlan
+from apb.prompts.base import PromptTokens
+
+Length = int | float
+"""A length in tokens (an integer) or as a share of the block length (a float in [0, 1])."""
+
+
+class ApbMethod(BlockMethod):
+    """Approximate: each block sees the anchor, what earlier blocks selected, and itself."""
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        *,
+        anchor_len: Length,
+        passing_len: Length,
+        anchor_form: AnchorForm,
+        min_block_len: int,
+    ) -> None:
+        super().__init__(compressor)
+        self._anchor_len, self._passing_len = anchor_len, passing_len
+        self._anchor_form = anchor_form
+        self._min_block_len = min_block_len
+
+    def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
+        context_len = len(prompt.context_ids)
+        count = choose_num_blocks(
+            context_len,
+            requested=num_blocks,
+            world_size=world_size,
+            min_block_len=self._min_block_len,
+        )
+        layout = SequenceLayout.even(context_len, num_blocks=count, world_size=world_size)
+        notes = _fewer_blocks_note(count, num_blocks or world_size, context_len)
+        if count == 1:
+            return PrefillPlan(layout, passing_lens=(0,), notes=notes)
+        anchor = self._anchor(layout, len(prompt.prefix_ids), len(prompt.query_ids))
+        if anchor.query_len < len(prompt.query_ids) and len(anchor):
+            notes += (
+                f"the anchor shows the last {anchor.query_len} of {len(prompt.query_ids)} query "
+                f"tokens: half of its {len(anchor)} tokens (method.anchor_len)",
+            )
+        return PrefillPlan(
+            layout, anchor, self._anchor_form, self._passing_lens(layout, anchor), notes
+        )
+
+    def _anchor(self, layout: SequenceLayout, prefix_len: int, query_len: int) -> Anchor:
+        """The anchor's context tokens lie inside block 0, so that no row sees a token twice."""
+        first_len = len(layout.blocks[0])
+        length = _in_tokens(self._anchor_len, layout.max_block_len)
+        spliced = min(query_len, length // 2)
+        shown = length - spliced
+        if shown > first_len:
+            if isinstance(self._anchor_len, int):
+                raise InputError(
+                    f"method.anchor_len={length} shows {shown} context tokens but the first block "
+                    f"has {first_len}: lower method.anchor_len to {first_len + spliced} or num_blocks"
+                )
+            shown = first_len
+        return Anchor(shown, spliced, min(prefix_len, shown))
+
+    def _passing_lens(self, layout: SequenceLayout, anchor: Anchor) -> tuple[int, ...]:
+        """As many tokens as asked for or as the block can give; nobody reads the last block's."""
+        length = _in_tokens(self._passing_len, layout.max_block_len)
+        if isinstance(self._passing_len, int) and length > layout.max_block_len:
+            raise InputError(
+                f"method.passing_len={length} exceeds the block length of {layout.max_block_len} "
+                "tokens: lower method.passing_len or num_blocks"
+            )
+        selectable = [
+            len(block) - (anchor.context_len if block.index == 0 else 0)
+            for block in layout.blocks[:-1]
+        ]
+        return (*(min(length, available) for available in selectable), 0)
+
+
+@dataclass(kw_only=True, slots=True)
+class ApbConfig(MethodConfig):
+    """Config of `ApbMethod`.
+
+    Attributes:
+        compressor: chooses the passing KV.
+        anchor: `shared` (rank 0 runs the anchor once) or `replicated` (paper).
+        anchor_len: tokens (integer) or share of the block length (float); the paper's is 1/4.
+        passing_len: per block, likewise; the paper's is 1/8.
+        min_block_len: fewer blocks than ranks are used rather than shorter ones.
+    """
+
+    compressor: CompressorConfig = MISSING
+    anchor: AnchorForm = AnchorForm.shared
+    anchor_len: Length = 0.25
+    passing_len: Length = 0.125
+    min_block_len: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("anchor_len", "passing_len"):
+            value = getattr(self, name)
+            if value < 0 or (isinstance(value, float) and value > 1):
+                raise InputError(
+                    f"method.{name}={value} must be a number of tokens (an integer from 0) "
+                    "or a share of the block length (a decimal from 0.0 to 1.0)"
+                )
+        if self.min_block_len < 1:
+            raise InputError(f"method.min_block_len={self.min_block_len} must be at least 1")
+
+    def build(self, *, seed: int) -> ApbMethod:
+        return ApbMethod(
+            self.compressor.build(seed=seed),
+            anchor_len=self.anchor_len,
+            passing_len=self.passing_len,
+            anchor_form=self.anchor,
+            min_block_len=self.min_block_len,
+        )
+
+
+def _in_tokens(length: Length, block_len: int) -> int:
+    return length if isinstance(length, int) else int(length * block_len)
+
+
+def _fewer_blocks_note(count: int, wanted: int, context_len: int) -> tuple[str, ...]:
+    if count >= wanted:
+        return ()
+    return (
+        f"{context_len} context tokens fill {count} of {wanted} blocks "
+        "(method.min_block_len): ranks without a block idle during prefill",
+    )

@@ -1,0 +1,115 @@
+"""What a prefill will do, as integers: blocks, anchor, passing lengths and each rank's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from apb.layout import Block, SequenceLayout
+
+
+class AnchorForm(Enum):
+    """Where the anchor runs: on the ranks that read it, or once, its KV travelling with the exchange."""
+
+    replicated = "replicated"
+    shared = "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The tokens that every block but the first attends to besides its own and the passing blocks.
+
+    They are the first `context_len` tokens of the context with the last `query_len` tokens of the
+    query spliced in at `splice`, at positions ``0 .. len(anchor) - 1`` (paper section 3.3).
+    """
+
+    context_len: int = 0
+    query_len: int = 0
+    splice: int = 0
+
+    def __len__(self) -> int:
+        return self.context_len + self.query_len
+
+    @property
+    def query_rows(self) -> slice:
+        return slice(self.splice, self.splice + self.query_len)
+
+    def token_ids(self, context_ids: Sequence[int], query_ids: Sequence[int]) -> list[int]:
+        spliced = list(query_ids[len(query_ids) - self.query_len :])
+        return [
+            *context_ids[: self.splice],
+            *spliced,
+            *context_ids[self.splice : self.context_len],
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class RankRows:
+    """The packed sequence that one rank runs: its anchor copy, if any, then its blocks in order."""
+
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    anchor: slice
+    local: slice
+    blocks: tuple[tuple[Block, slice], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """One prefill, the same on every rank.
+
+    `passing_lens[b]` is what block ``b`` sends per KV head; 0 for the last block, which nobody
+    follows. `notes` are sentences for the user about what differs from the request.
+    """
+
+    layout: SequenceLayout
+    anchor: Anchor = Anchor()
+    anchor_form: AnchorForm = AnchorForm.replicated
+    passing_lens: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def excluded(self, block: Block) -> int:
+        """How many of the block's first tokens may not be selected, as every anchor shows them."""
+        return min(self.anchor.context_len, len(block)) if block.index == 0 else 0
+
+    def upstream_len(self, block_index: int) -> int:
+        """Keys that a block attends to before its own: the anchor and all earlier passing blocks."""
+        return (len(self.anchor) if block_index else 0) + sum(self.passing_lens[:block_index])
+
+    def runs_anchor(self, rank: int) -> bool:
+        """Whether the rank computes the anchor rather than receiving it or not needing it."""
+        if not len(self.anchor):
+            return False
+        if self.anchor_form is AnchorForm.shared:
+            return rank == self.layout.blocks[0].rank
+        return any(block.index > 0 for block in self.layout.owned_by(rank))
+
+    def num_rows(self, rank: int) -> int:
+        """How many tokens the rank runs: its blocks, and the anchor unless block 0 stands in for it."""
+        copied = self.runs_anchor(rank) and not self._anchor_is_block_0(rank)
+        return self.layout.tokens_on(rank) + (len(self.anchor) if copied else 0)
+
+    def _anchor_is_block_0(self, rank: int) -> bool:
+        """An anchor without the query is the beginning of block 0, which serves as its owner's copy."""
+        return self.anchor.query_len == 0 and self.layout.blocks[0].rank == rank
+
+    def rows(self, rank: int, context_ids: Sequence[int], query_ids: Sequence[int]) -> RankRows:
+        owned = self.layout.owned_by(rank)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        anchor = slice(0, 0)
+        if self.runs_anchor(rank):
+            anchor = slice(0, len(self.anchor))
+            if not self._anchor_is_block_0(rank):
+                token_ids += self.anchor.token_ids(context_ids, query_ids)
+                positions += range(len(self.anchor))
+        local_start = len(token_ids)
+        blocks = []
+        for block in owned:
+            start = len(token_ids)
+            token_ids += context_ids[block.start : block.stop]
+            positions += range(block.start, block.stop)
+            blocks.append((block, slice(start, len(token_ids))))
+        local = slice(local_start, len(token_ids))
+        return RankRows(tuple(token_ids), tuple(positions), anchor, local, tuple(blocks))

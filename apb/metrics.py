@@ -1,0 +1,66 @@
+"""What a request cost on one rank: phase times and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Seconds spent per named phase since the request began."""
+
+    device: torch.device
+    started: float = field(default_factory=time.perf_counter)
+    phases_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = self.elapsed_s()
+        try:
+            yield
+        finally:
+            self.phases_s[name] += self.elapsed_s() - begin
+
+    def elapsed_s(self) -> float:
+        """Seconds since the request began, once the device has finished what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self.started
+
+
+class PeakMemory:
+    """Peak memory of this process between `reset` and `read`, in bytes.
+
+    On CUDA that is what the allocator handed out. On the CPU it is the resident set, which counts
+    the interpreter, the libraries and memory-mapped weights as well.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        # Linux forgets the high-water mark when 5 is written here; elsewhere the peak is the process's.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

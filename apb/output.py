@@ -1,0 +1,89 @@
+"""What a caller gets back, in memory and as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apb.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLayout:
+    """One rank's part of a prefill: its blocks as ``[start, stop]``, tokens run and tokens cached."""
+
+    blocks: list[list[int]]
+    tokens_run: int
+    tokens_cached: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMetrics:
+    """What one request cost. Lists have one entry per rank; times are rank 0's, in seconds."""
+
+    context_tokens: int
+    query_tokens: int
+    generated_tokens: int
+    method: str
+    num_blocks: int
+    layout: list[RankLayout]
+    prefill_s: float
+    ttft_s: float
+    decode_s: float
+    tokens_per_s: float
+    """Generated tokens after the first, per second of decoding; 0 where there is no such token."""
+    bytes_exchanged: list[int]
+    """Bytes received from other ranks."""
+    peak_memory_bytes: list[int]
+    acceptance_length: float
+    """Tokens emitted per forward pass of the target model while decoding."""
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    notes: list[str] = field(default_factory=list)
+    """Sentences about what differs from the request, such as fewer blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """An answer. `token_ids` ends with the stop token where one ended it; `text` leaves it out."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    """`stop`, `length` or `cancelled`."""
+    metrics: RequestMetrics
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> RequestOutput:
+        metrics = dict(fields["metrics"])
+        metrics["layout"] = [RankLayout(**rank) for rank in metrics["layout"]]
+        return cls(**{**fields, "metrics": RequestMetrics(**metrics)})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written to.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(value, file, indent=2, ensure_ascii=False)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise InputError(f"output={path} cannot be written: {error.strerror}") from error

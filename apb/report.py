@@ -1,0 +1,83 @@
+"""Measuring one request on one rank and putting all ranks' figures together."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from apb.comm import Communicator
+from apb.methods.plan import PrefillPlan
+from apb.metrics import PeakMemory, Timeline
+from apb.output import RankLayout, RequestMetrics
+from apb.prompts.base import PromptTokens
+
+
+class RequestMeter:
+    """Times, bytes and memory from its creation on."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._memory = PeakMemory(comm.device)
+        self._memory.reset()
+        self._bytes_before = comm.bytes_received
+        self.timeline = Timeline(comm.device)
+        self.ttft_s = 0.0
+
+    def first_token(self) -> None:
+        self.ttft_s = self.ttft_s or self.timeline.elapsed_s()
+
+    def local(self) -> dict[str, int]:
+        """This rank's figures, to be gathered."""
+        return {
+            "bytes": self._comm.bytes_received - self._bytes_before,
+            "peak_memory": self._memory.read(),
+        }
+
+    def metrics(
+        self,
+        prompt: PromptTokens,
+        plan: PrefillPlan,
+        ranks: list[Any],
+        *,
+        method: str,
+        dtype: torch.dtype,
+        generated: int,
+    ) -> RequestMetrics:
+        """All ranks' figures; `ranks` holds every rank's `local`, in rank order."""
+        decode_s = self.timeline.phases_s["decode"]
+        return RequestMetrics(
+            context_tokens=plan.layout.context_len,
+            query_tokens=len(prompt.query_ids),
+            generated_tokens=generated,
+            method=method,
+            num_blocks=len(plan.layout.blocks),
+            layout=[rank_layout(plan, rank) for rank in range(plan.layout.world_size)],
+            prefill_s=self.timeline.phases_s["prefill"],
+            ttft_s=self.ttft_s,
+            decode_s=decode_s,
+            tokens_per_s=(generated - 1) / decode_s if generated > 1 else 0.0,
+            bytes_exchanged=[rank["bytes"] for rank in ranks],
+            peak_memory_bytes=[rank["peak_memory"] for rank in ranks],
+            acceptance_length=1.0,
+            versions={name: version(name) for name in ("apb", "torch", "transformers")},
+            device=device_name(self._comm.device),
+            dtype=str(dtype).removeprefix("torch."),
+            notes=list(plan.notes),
+        )
+
+
+def rank_layout(plan: PrefillPlan, rank: int) -> RankLayout:
+    return RankLayout(
+        blocks=[[block.start, block.stop] for block in plan.layout.owned_by(rank)],
+        tokens_run=plan.num_rows(rank),
+        tokens_cached=plan.layout.tokens_on(rank),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

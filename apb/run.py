@@ -1,0 +1,108 @@
+"""``torchrun --nproc-per-node 4 -m apb.run +model=smollm2-135m``: one prompt, one answer, its cost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from apb.config import RunConfig, compose_config, normalised, register_configs
+from apb.errors import ApbError, InputError
+from apb.llm import LLM
+from apb.log import configure_logging, log_to_file
+from apb.output import RequestOutput, write_json
+from apb.paths import config_dir
+from apb.prompts.needle import NeedleCase, is_correct
+from apb.prompts.source import PromptText
+from apb.table import timing_table
+
+_LOG = logging.getLogger("apb")
+_FOLLOWER_OVERRIDES = ("hydra.run.dir=.", "hydra.output_subdir=null")
+"""What keeps the other ranks of a torchrun gang from writing output folders of their own."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    overrides = normalised(arguments)
+    configure_logging(rank, int(os.environ.get("WORLD_SIZE", "1")))
+    try:
+        if not any(argument.startswith("-") for argument in arguments):
+            compose_config(overrides).prompt.check()
+        _run_hydra(overrides, rank)
+    except ApbError as error:
+        if rank == 0:
+            print(f"apb: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run_hydra(overrides: list[str], rank: int) -> None:
+    """Let Hydra make the output folder and serve ``--help``, ``--cfg job`` and the like."""
+    register_configs()
+    sys.argv[1:] = [*overrides, *(_FOLLOWER_OVERRIDES if rank else ())]
+    errors: list[ApbError] = []
+
+    def job(_: DictConfig) -> None:
+        try:
+            _answer()
+        except ApbError as error:  # Hydra would print a report of its own around it
+            errors.append(error)
+
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")(job)()
+    if errors:
+        raise errors[0]
+
+
+def _answer() -> None:
+    """Load the prompt, ask, and show and save the answer."""
+    job = HydraConfig.get()
+    overrides = list(job.overrides.task)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    folder = Path(job.runtime.output_dir)
+    if is_first:
+        log_to_file(folder / "run.log")
+    config = compose_config(overrides)
+    output_path = _output_path(config, folder)
+    with closing(LLM.from_overrides(overrides)) as llm:
+        prompt = config.prompt.load(llm.make_needle, seed=config.seed)
+        params = config.decode.sampling_params(seed=config.seed)
+        output = llm.ask(prompt.document, prompt.question, params)
+    if is_first:
+        _show(prompt, output)
+        write_json(output_path, output.to_json())
+        _LOG.info("result in %s", output_path)
+
+
+def _output_path(config: RunConfig, folder: Path) -> Path:
+    if config.output is None:
+        return folder / "result.json"
+    path = Path(config.output).absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"output={config.output} is no file in an existing folder")
+    return path
+
+
+def _show(prompt: PromptText, output: RequestOutput) -> None:
+    lines = [f"question  {prompt.question}", f"answer    {output.text.strip()}"]
+    if prompt.answer is not None:
+        case = NeedleCase(prompt.document, prompt.question, prompt.answer)
+        verdict = "right" if is_correct(case, output.text) else "wrong"
+        lines.append(f"expected  {prompt.answer}: {verdict}")
+    lines += ["", *timing_table(output.metrics)]
+    lines += [f"note: {textwrap.fill(note, 96)}" for note in output.metrics.notes]
+    print("\n".join(lines), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

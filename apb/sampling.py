@@ -1,0 +1,88 @@
+"""How the next token is chosen: the user's parameters and the sampler that obeys them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apb.errors import InputError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the driver of a local gang never samples.
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Decoding parameters, with vLLM's names.
+
+    Attributes:
+        max_tokens: most tokens to generate.
+        temperature: 0 is greedy.
+        top_p: smallest probability mass that stays eligible.
+        top_k: number of tokens that stay eligible; 0 means all.
+        seed: makes sampling reproducible; None draws a fresh seed.
+        stop: strings that end the text; they are not part of it.
+        stop_token_ids: token ids that end the text besides the model's own.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise InputError(
+                f"temperature={self.temperature} must be 0 (greedy) or a positive number"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p={self.top_p} must lie above 0 and at most at 1")
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k} must be 0 (all tokens) or positive")
+        if "" in self.stop:
+            raise InputError("stop contains an empty string, which would end every answer at once")
+
+
+class Sampler:
+    """Chooses tokens from logits; one per request, so that a seed gives one sequence."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        import torch
+
+        self._params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def __call__(self, logits_V: Tensor) -> int:
+        """The next token. Ties in greedy mode go to the lowest id."""
+        if self._params.temperature == 0.0:
+            return int(logits_V.argmax())
+        probs_V = filtered_probs(logits_V.float().cpu(), self._params)
+        return int(probs_V.multinomial(1, generator=self._generator))
+
+
+def filtered_probs(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution sampled from: temperature, then top-k, then top-p, renormalised.
+
+    Top-p keeps the smallest set of most likely tokens whose mass reaches `top_p`, at least one.
+    """
+    sorted_V, order_V = (logits_V / params.temperature).sort(descending=True, stable=True)
+    if params.top_k:
+        sorted_V[params.top_k :] = float("-inf")
+    probs_V = sorted_V.softmax(dim=-1)
+    before_V = probs_V.cumsum(dim=-1) - probs_V
+    probs_V = probs_V.masked_fill(before_V >= params.top_p, 0.0)
+    return probs_V.new_zeros(probs_V.shape).scatter_(0, order_V, probs_V / probs_V.sum())

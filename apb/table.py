@@ -1,0 +1,32 @@
+"""The table that a run prints: what it cost, in total and per rank."""
+
+from __future__ import annotations
+
+from apb.output import RequestMetrics
+
+
+def timing_table(metrics: RequestMetrics) -> list[str]:
+    """Lines of plain text, one row per rank."""
+    ms_per_token = 1e3 / metrics.tokens_per_s if metrics.tokens_per_s else 0.0
+    lines = [
+        f"{metrics.method}, {metrics.num_blocks} blocks on {len(metrics.layout)} ranks, "
+        f"{metrics.dtype}, {metrics.device}",
+        f"context {metrics.context_tokens} tokens, query {metrics.query_tokens}, "
+        f"generated {metrics.generated_tokens}",
+        f"prefill {metrics.prefill_s:.2f} s   TTFT {metrics.ttft_s:.2f} s   "
+        f"decode {metrics.tokens_per_s:.1f} tokens/s ({ms_per_token:.0f} ms per token)",
+        "",
+        f"{'rank':>4}  {'tokens run':>10}  {'cached':>8}  {'received':>10}  {'peak memory':>11}  blocks",
+    ]
+    for rank, layout in enumerate(metrics.layout):
+        blocks = " ".join(f"{start}-{stop}" for start, stop in layout.blocks) or "none"
+        lines.append(
+            f"{rank:>4}  {layout.tokens_run:>10}  {layout.tokens_cached:>8}  "
+            f"{_size(metrics.bytes_exchanged[rank]):>10}  "
+            f"{_size(metrics.peak_memory_bytes[rank]):>11}  {blocks}"
+        )
+    return lines
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

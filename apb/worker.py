@@ -1,0 +1,129 @@
+"""One rank's life: device, process group, requests, tear-down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from apb.comm import Communicator
+from apb.config import compose_config
+from apb.errors import ApbError, EngineDeadError, InputError, RequestError
+from apb.log import configure_logging
+from apb.methods.decode import OWNER
+from apb.runner import RequestRunner
+
+_LOG = logging.getLogger("apb")
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """This rank's device; `auto` is its GPU where there is one.
+
+    Raises:
+        InputError: no such GPU.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    available = torch.cuda.device_count()
+    if local_rank >= available:
+        raise InputError(
+            f"rank {local_rank} of this machine has no GPU ({available} found): start at most "
+            f"{available} ranks here or set device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def join_group(
+    rank: int, world_size: int, device: torch.device, *, init_method: str = "env://"
+) -> tuple[Communicator, Callable[[], None]]:
+    """Meet the other ranks; returns how to talk to them and how to leave.
+
+    A process group that the caller has made already is used and left alone.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    leave: Callable[[], None] = lambda: None  # noqa: E731
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+        )
+        leave = dist.destroy_process_group
+    return Communicator(rank, world_size, device), leave
+
+
+def main() -> int:
+    """A rank of the local launcher: serve requests from an inherited connection until it closes."""
+    connection = Connection(int(os.environ["APB_CONNECTION"]))
+    rank = int(os.environ["RANK"])
+    try:
+        _serve(connection, rank, int(os.environ["WORLD_SIZE"]))
+    except (EOFError, BrokenPipeError):
+        return 1  # the driver is gone, and with it whoever could be told
+    except ApbError as error:
+        _send(connection, {"error": str(error), "kind": type(error).__name__})
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        cause = f"rank {rank} failed: {type(error).__name__}: {error}"
+        _send(connection, {"error": cause, "kind": EngineDeadError.__name__})
+        return 1
+    return 0
+
+
+def _serve(connection: Connection, rank: int, world_size: int) -> None:
+    hello = _receive(connection)
+    configure_logging(rank, world_size)
+    config = compose_config(hello["overrides"])
+    device = choose_device(config.device, rank)
+    comm, leave = join_group(rank, world_size, device, init_method=hello["init_method"])
+    runner = RequestRunner(config, comm)
+    if rank == OWNER:
+        _send(connection, {"result": None})
+    while (request := _receive(connection))["op"] != "exit":
+        _handle(runner, request, connection)
+    leave()
+
+
+def _handle(runner: RequestRunner, request: dict[str, Any], connection: Connection) -> None:
+    if request["op"] == "cancel":  # it came after its request had ended
+        return
+    try:
+        for reply in runner.handle(
+            request["op"], request["arguments"], is_cancelled=lambda: _cancelled(connection)
+        ):
+            if runner.is_owner:
+                _send(connection, reply)
+    except (InputError, RequestError) as error:  # the same on every rank
+        if runner.is_owner:
+            _send(connection, {"error": str(error), "kind": type(error).__name__})
+
+
+def _cancelled(connection: Connection) -> bool:
+    """Whether the driver has written anything: during a request that can only be `cancel`."""
+    if not connection.poll():
+        return False
+    return bool(_receive(connection)["op"] == "cancel")
+
+
+def _send(connection: Connection, message: dict[str, Any]) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def _receive(connection: Connection) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(connection.recv_bytes())
+    return message
+
+
+if __name__ == "__main__":
+    sys.exit(main())

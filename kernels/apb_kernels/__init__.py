@@ -1,0 +1,1 @@
+"""Fused kernels for `apb`; each sits beside the plain-torch statement it must equal."""
