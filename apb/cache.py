@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class CacheShape(NamedTuple):
-    """What a model needs per cached token: ``num_layers * 2 * num_kv_heads * head_dim`` elements."""
+    """What a model caches per token: ``num_layers * 2 * num_kv_heads * head_dim`` elements."""
 
     num_layers: int
     num_kv_heads: int
@@ -53,7 +53,7 @@ class KVCacheShard:
         self._kv_L2KSD[layer_idx, 1, :, self._length : stop] = v_KTD
 
     def view(self, layer_idx: int, *, pending: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[K, S, D]`` of one layer: the committed rows and `pending` written ones."""
+        """One layer's keys and values ``[K, S, D]``: committed rows and `pending` written ones."""
         kv_2KSD = self._kv_L2KSD[layer_idx, :, :, : self._length + pending]
         return kv_2KSD[0], kv_2KSD[1]
 

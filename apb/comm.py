@@ -68,7 +68,7 @@ class Communicator:
     _unverified: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def all_gather(self, x: Tensor, tag: Tag) -> Pending:
-        """Every rank's `x`, stacked in rank order: ``[R, *x.shape]``. `x` has one shape everywhere."""
+        """Every rank's `x`, stacked in rank order: ``[R, *x.shape]``; the same shape everywhere."""
         if self.world_size == 1:
             return Pending(lambda: x[None])
         sent_U = self._pack(x, tag)
@@ -97,7 +97,7 @@ class Communicator:
         return received
 
     def all_gather_json(self, value: Any, tag: Tag) -> list[Any]:
-        """Every rank's JSON value, in rank order. JSON and not pickle: peers are not trusted with code."""
+        """Every rank's JSON value, in rank order. Not pickle: peers are not trusted with code."""
         if self.world_size == 1:
             return [value]
         text_U = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -113,7 +113,7 @@ class Communicator:
 
     def _pack(self, x: Tensor, tag: Tag, *, payload: bool = True) -> Tensor:
         nbytes = x.numel() * x.element_size()
-        # Rows of the gathered buffer start at multiples of 16 bytes, so that they can be viewed as any dtype.
+        # Gathered rows start at multiples of 16 bytes, so that they can be viewed as any dtype.
         buffer_U = torch.empty(
             HEADER_BYTES + -(-nbytes // 16) * 16, dtype=torch.uint8, device=self.device
         )
@@ -143,8 +143,8 @@ class Communicator:
     def verify(self) -> None:
         """Check the headers of all messages received since the last call.
 
-        On the CPU this happens on arrival. On a GPU a look at a header would stall the stream, so the
-        engine asks once per forward pass, before any result of it leaves the rank.
+        On the CPU this happens on arrival. On a GPU a look at a header would stall the stream, so
+        the engine asks once per forward pass, before any result of it leaves the rank.
 
         Raises:
             EngineDeadError: a message is not the one that was waited for.

@@ -1,7 +1,7 @@
 """The story of a request on one rank: prefill the context, read the query, decode.
 
-Every rank runs the same steps. Rank 0, the owner, holds the new tokens' KV, chooses tokens and tells
-the others.
+Every rank runs the same steps. Rank 0, the owner, holds the new tokens' KV, chooses tokens and
+tells the others.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ class Engine:
         self._next_position = plan.layout.context_len
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
-        """Hidden states ``[T, M]`` of new tokens, which see the whole context and one another causally."""
-        assert self._cache is not None and self._decode is not None, "extend before prefill"
+        """Hidden states ``[T, M]`` of new tokens, which see the context and causally each other."""
+        assert self._cache is not None, "extend before prefill"
+        assert self._decode is not None
         positions_T = torch.arange(
             self._next_position, self._next_position + len(token_ids), device=self._model.device
         )
@@ -190,7 +191,7 @@ class Engine:
         result: list[float] = self._comm.all_gather_json(values, tag)[OWNER]
         return result
 
-    def report(self, value: dict[str, object]) -> list[dict[str, object]]:
+    def report(self, value: dict[str, int]) -> list[dict[str, int]]:
         """Every rank's `value`, in rank order, on every rank."""
         return self._comm.all_gather_json(value, Tag(self._next_step(), 0, Kind.REPORT))
 

@@ -1,4 +1,7 @@
-"""The errors a caller can tell apart. Every message is one sentence: the value, the limit, the setting to change."""
+"""The errors a caller can tell apart.
+
+Every message is one sentence: the value, the limit, the setting to change.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ class ApbError(Exception):
 
 
 class InputError(ApbError, ValueError):
-    """The request or the configuration is wrong; nothing was computed and the engine is still usable."""
+    """The request or the configuration is wrong; the engine has done nothing and is usable."""
 
     exit_code = 2
 
@@ -20,4 +23,4 @@ class RequestError(ApbError):
 
 
 class EngineDeadError(ApbError):
-    """The ranks are gone; the message carries the first cause and every later request fails with it."""
+    """The ranks are gone: the message is the first cause, and later requests fail with it."""

@@ -45,7 +45,7 @@ def fetch(name: str) -> Path:
     if _is_complete(target):
         log.info("%s is already in %s", name, target)
         return target
-    from apb.hf.convert import check_gguf_support, convert_gguf
+    from apb.hf.gguf import check_gguf_support, convert_gguf
 
     check_gguf_support()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which rank holds which context token. Integers only, so any rank can be reasoned about in one process."""
+"""Which rank holds which context token: integers only, so one process can reason about all."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -60,7 +60,7 @@ class LLM:
 
     @classmethod
     def from_overrides(cls, overrides: Sequence[str]) -> LLM:
-        """An LLM from Hydra overrides alone, whose weights are loaded by its first valid request."""
+        """An LLM from Hydra overrides alone; its first valid request loads the weights."""
         llm = cls.__new__(cls)
         llm._start(overrides)
         return llm
@@ -113,7 +113,7 @@ class LLM:
             return values
 
     def make_needle(self, **arguments: Any) -> dict[str, str]:
-        """A generated document with a fact in it, measured in this model's tokens (`make_needle`)."""
+        """A generated document around a fact, in this model's tokens (see `make_needle`)."""
         with self._request():
             case: dict[str, str] = _result(self._session.call("needle", **arguments))
             return case
@@ -206,7 +206,5 @@ def _plain(tokens: Tokens) -> str | list[int]:
 
 def _result(replies: Iterator[dict[str, Any]]) -> Any:
     """The value of the last reply."""
-    reply: dict[str, Any] = {}
-    for reply in replies:
-        pass
-    return reply["result"]
+    *_, last = replies
+    return last["result"]

@@ -51,7 +51,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        # Linux forgets the high-water mark when 5 is written here; elsewhere the peak is the process's.
+        # Linux forgets the high-water mark when 5 is written here; others keep the process's.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 

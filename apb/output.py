@@ -15,7 +15,7 @@ from apb.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLayout:
-    """One rank's part of a prefill: its blocks as ``[start, stop]``, tokens run and tokens cached."""
+    """One rank's part of a prefill: blocks as ``[start, stop]``, tokens run, tokens cached."""
 
     blocks: list[list[int]]
     tokens_run: int

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar on rank 0's terminal: layers while the document is read, then tokens. Silent elsewhere."""
+    """A bar on rank 0's terminal: layers while the document is read, then tokens."""
 
     def __init__(self, *, enabled: bool) -> None:
         # None lets tqdm stay silent where stderr is no terminal.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -40,7 +40,7 @@ class RequestMeter:
         self,
         prompt: PromptTokens,
         plan: PrefillPlan,
-        ranks: list[Any],
+        ranks: Sequence[Mapping[str, int]],
         *,
         method: str,
         dtype: torch.dtype,

@@ -1,4 +1,4 @@
-"""``torchrun --nproc-per-node 4 -m apb.run +model=smollm2-135m``: one prompt, one answer, its cost."""
+"""The command line, ``torchrun -m apb.run +model=NAME``: a prompt, its answer and its cost."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from apb.comm import Communicator
 from apb.config import RunConfig
-from apb.engine import Engine
+from apb.engine import Engine, Step
 from apb.errors import InputError
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer, stop_ids
@@ -32,7 +32,7 @@ Reply = dict[str, Any]
 
 
 class RequestRunner:
-    """Answers requests on one rank. Weights are loaded by the first request that passes its checks."""
+    """Answers requests on one rank. The first request that passes its checks loads the weights."""
 
     def __init__(self, config: RunConfig, comm: Communicator) -> None:
         """Read configuration and tokenizer.
@@ -43,6 +43,7 @@ class RequestRunner:
         self._config, self._comm = config, comm
         self._hf_config = load_config(config.model)
         self._tokenizer = load_tokenizer(config.model)
+        self._max_positions: int = self._hf_config.max_position_embeddings
         self._eos_ids = stop_ids(config.model, self._hf_config, self._tokenizer)
         self._method = config.method.build(seed=config.seed)
         self._dtype = choose_dtype(config.dtype, comm.device)
@@ -135,14 +136,14 @@ class RequestRunner:
         answer = AnswerText(
             self._tokenizer, stop=sampling.stop, stop_ids=(*eos_ids, *sampling.stop_token_ids)
         )
-        piece, token_ids, finish_reason = "", list[int](), None
+        piece, steps = "", list[Step]()
 
         def is_last(token_id: int) -> bool:
             nonlocal piece
             piece = answer.push(token_id)
             return answer.stopped
 
-        for token_id, finish_reason in engine.generate(
+        for step in engine.generate(
             prompt.query_ids,
             sampling,
             timeline=meter.timeline,
@@ -151,22 +152,24 @@ class RequestRunner:
         ):
             meter.first_token()
             if not self.is_owner:  # the owner's engine has asked already
-                is_last(token_id)
-            token_ids.append(token_id)
+                is_last(step.token_id)
+            steps.append(step)
             self._progress.advance()
             yield {"piece": piece}
         yield {"piece": answer.finish()}
-        assert finish_reason is not None
         metrics = meter.metrics(
             prompt,
             plan,
             engine.report(meter.local()),
             method=type(self._config.method).__name__.removesuffix("Config").lower(),
             dtype=self._dtype,
-            generated=len(token_ids),
+            generated=len(steps),
         )
         return RequestOutput(
-            text=answer.text, token_ids=token_ids, finish_reason=finish_reason, metrics=metrics
+            text=answer.text,
+            token_ids=[step.token_id for step in steps],
+            finish_reason=steps[-1].finish_reason or "",
+            metrics=metrics,
         )
 
     def _logprobs(
@@ -194,7 +197,7 @@ class RequestRunner:
             engine.release()
 
     def _raw_ids(self, part: str | list[int], name: str, *, at_start: bool = False) -> list[int]:
-        """Token ids without a template; text that opens the sequence gets what the tokenizer opens with."""
+        """Token ids without a template; text at the start gets what the tokenizer begins with."""
         if isinstance(part, str):
             controls = control_tokens(self._tokenizer, "")
             ids = start_ids(self._tokenizer) if at_start else []
@@ -216,10 +219,10 @@ class RequestRunner:
         self._check_length(used + 1, used - len(prompt.document_ids) + 1, "question and template")
         if self._config.allow_beyond_context:
             return max_tokens
-        return min(max_tokens, self._hf_config.max_position_embeddings - used)
+        return min(max_tokens, self._max_positions - used)
 
     def _check_length(self, length: int, reserved: int, what: str) -> None:
-        limit = self._hf_config.max_position_embeddings
+        limit = self._max_positions
         if length > limit and not self._config.allow_beyond_context:
             raise InputError(
                 f"the prompt has {length} tokens and the model reads at most {limit}: shorten the "
@@ -228,4 +231,5 @@ class RequestRunner:
             )
 
     def _count_tokens(self, text: str) -> int:
-        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return len(list(ids))

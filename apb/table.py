@@ -16,7 +16,7 @@ def timing_table(metrics: RequestMetrics) -> list[str]:
         f"prefill {metrics.prefill_s:.2f} s   TTFT {metrics.ttft_s:.2f} s   "
         f"decode {metrics.tokens_per_s:.1f} tokens/s ({ms_per_token:.0f} ms per token)",
         "",
-        f"{'rank':>4}  {'tokens run':>10}  {'cached':>8}  {'received':>10}  {'peak memory':>11}  blocks",
+        "rank  tokens run    cached    received  peak memory  blocks",
     ]
     for rank, layout in enumerate(metrics.layout):
         blocks = " ".join(f"{start}-{stop}" for start, stop in layout.blocks) or "none"

@@ -20,7 +20,7 @@ class Segment:
     """Keys and values that the rows ``[start, stop)`` see under one rule.
 
     `causal` means that row ``start + i`` sees keys ``0..i`` (as many keys as rows); otherwise every
-    row sees every key. A row may see several segments; the segments' row ranges are equal or disjoint.
+    row sees every key. A row may see several segments; row ranges are equal or disjoint.
     """
 
     start: int

@@ -18,7 +18,7 @@ from apb.attention.base import (
 
 
 class ReferenceBackend(AttentionBackend):
-    """One softmax over all segments under a dense boolean mask: rows x keys memory, exact by reading.
+    """One softmax over all segments under a dense boolean mask.
 
     It holds a mask of all rows by all keys, so it is for tests and short inputs.
     """

@@ -13,7 +13,8 @@ class KnormCompressor(Compressor):
     """Keeps the keys of smallest L2 norm (Devoto et al. 2024, https://arxiv.org/abs/2406.11430)."""
 
     def score(self, block: BlockView) -> Tensor:
-        return -block.k_KSD.float().norm(dim=-1)
+        norms_KS: Tensor = block.k_KSD.float().norm(dim=-1)
+        return -norms_KS
 
 
 @dataclass(kw_only=True, slots=True)

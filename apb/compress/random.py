@@ -11,7 +11,7 @@ from apb.compress.base import BlockView, Compressor, CompressorConfig
 
 
 class RandomCompressor(Compressor):
-    """Uniform scores, distinct per layer, block and KV head, and the same on any number of ranks."""
+    """Uniform scores, distinct per layer, block and KV head, whatever the number of ranks."""
 
     def __init__(self, *, seed: int) -> None:
         self._seed = seed

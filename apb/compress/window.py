@@ -22,7 +22,7 @@ class WindowCompressor(Compressor):
         self._window, self._kernel = window, kernel
 
     def score(self, block: BlockView) -> Tensor:
-        num_kv_heads, num_tokens, head_dim = block.k_KSD.shape
+        num_kv_heads, num_tokens, _ = block.k_KSD.shape
         rows = min(self._window, num_tokens)
         q_KGWD = block.q_HSD[:, -rows:].unflatten(0, (num_kv_heads, -1)).float()
         scores_KGWS = q_KGWD @ block.k_KSD[:, None].float().mT * block.scale

@@ -1,4 +1,4 @@
-"""The seam to Hugging Face models: their attention layers call whatever the forward pass carries."""
+"""The seam to Hugging Face models: their attention layers call what the forward pass carries."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     bos, eos = CONTROL_TOKENS[:2]
     bos_entry = (bos, tokenizer.token_to_id(bos))
     tokenizer.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[bos_entry])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=bos,
         eos_token=eos,

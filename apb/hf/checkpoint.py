@@ -22,6 +22,7 @@ class Checkpoint:
 
     location: str
     options: dict[str, Any]
+    gguf: Path | None = None
 
     @classmethod
     def find(cls, config: ModelConfig) -> Checkpoint:
@@ -36,16 +37,16 @@ class Checkpoint:
         if given.suffix == ".gguf":
             if not given.is_file():
                 raise InputError(f"model.path={config.path} is no file")
-            return cls(str(given.parent), {**options, "gguf_file": given.name})
+            return cls(str(given.parent), {**options, "gguf_file": given.name}, given)
         for folder in (given, model_home() / config.path):
             if config.path and folder.is_dir():
                 _check_folder(folder)
                 return cls(str(folder), options)
         if config.path.count("/") != 1 or given.is_absolute():
             raise InputError(
-                f"model {config.name} is not on this machine (model.path={config.path!r}): fetch it "
-                f"with `python -m apb.fetch {config.name}` or set model.path to a folder, a GGUF "
-                "file or a Hub id"
+                f"model {config.name} is not on this machine (model.path={config.path!r}): "
+                f"fetch it with `python -m apb.fetch {config.name}` or set model.path to a folder, "
+                "a GGUF file or a Hub id"
             )
         if config.revision is not None:
             options["revision"] = config.revision
@@ -54,7 +55,7 @@ class Checkpoint:
     def load_config(self) -> PreTrainedConfig:
         """The Hugging Face configuration, refused by name if apb cannot run it."""
         try:
-            config = AutoConfig.from_pretrained(self.location, **self.options)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self.options)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot read a model from {self.location}: {reason}") from error
@@ -79,8 +80,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in _LENGTH_DEPENDENT_ROPE:
         raise InputError(
-            f"this {kind} model uses {rope['rope_type']!r} RoPE, whose angles depend on the longest "
-            "position a rank sees: ranks would disagree, so apb does not run it"
+            f"this {kind} model uses {rope['rope_type']!r} RoPE, whose angles depend on the "
+            "longest position a rank sees: ranks would disagree, so apb does not run it"
         )
 
 

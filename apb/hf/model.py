@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from apb.cache import CacheShape
 from apb.errors import InputError
 from apb.hf import attention
 from apb.hf.checkpoint import Checkpoint, check_supported
+from apb.hf.gguf import load_gguf_model
 from apb.hf.linear import MIN_ROWS, WideLinears, has_fast_bf16
 from apb.methods.base import Attend
 from apb.model_config import ModelConfig
@@ -46,50 +48,57 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
 class CausalLM:
     """Runs rows of one document through the decoder layers; the LM head only where asked."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         attention.register()
         model.set_attn_implementation(attention.IMPLEMENTATION)
-        self._model = model.eval().requires_grad_(False)
-        self._wide = not has_fast_bf16(model.device)
+        # nn.Module's `to` as transformers decorates it has no usable type.
+        self._model: Any = model.eval().requires_grad_(False)
+        self._model.to(device)
+        self._device = device
+        self._wide = not has_fast_bf16(device)
 
     @classmethod
     def load(cls, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> CausalLM:
-        """Load weights; where their dtype is the one asked for they stay memory-mapped, shared by ranks.
+        """Load weights, memory-mapped and so shared by ranks where they have the dtype asked for.
 
         Raises:
             InputError: unreadable or unfitting weights.
         """
         hf_config = load_config(config)
         if config.architecture is not None:
-            return cls(_random_model(hf_config, seed=config.weights_seed, dtype=dtype).to(device))
+            return cls(_random_model(hf_config, config.weights_seed, dtype), device)
         checkpoint = Checkpoint.find(config)
         transformers_logging.disable_progress_bar()
+        if checkpoint.gguf is not None:
+            return cls(load_gguf_model(checkpoint.gguf, dtype), device)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.location,
                 **checkpoint.options,
                 dtype=dtype,
-                use_safetensors="gguf_file" not in checkpoint.options or None,
+                use_safetensors=True,
                 output_loading_info=True,
             )
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot load {checkpoint.location}: {reason}") from error
+        model, report = loaded
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise InputError(
                 f"{checkpoint.location} lacks {len(missing)} weights of its own configuration, "
                 f"{missing[0]} first: the download is incomplete or of another model"
             )
-        return cls(model.to(device))
+        return cls(model, device)
 
     @property
     def device(self) -> torch.device:
-        return self._model.device
+        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._model.dtype
+        dtype: torch.dtype = self._model.dtype
+        return dtype
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -102,7 +111,8 @@ class CausalLM:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+        sizes = (weight.numel() * weight.element_size() for weight in self._model.parameters())
+        return sum(sizes)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend) -> Tensor:
@@ -125,7 +135,7 @@ class CausalLM:
         return hidden_TM
 
     def _forward_nothing(self, attend: Attend) -> Tensor:
-        """transformers cannot reshape zero rows, so a rank without a block only meets the others."""
+        """transformers cannot reshape zero rows: a rank without a block only meets the others."""
         config, shape = self._model.config, self.cache_shape
         hidden_TM = torch.empty(0, config.hidden_size, dtype=self.dtype, device=self.device)
         q_HTD = hidden_TM.new_empty(config.num_attention_heads, 0, shape.head_dim)
@@ -142,9 +152,10 @@ class CausalLM:
         return logits_TV
 
 
-def _random_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def _random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
     """Random weights, the same on every rank and whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.to(dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    cast: PreTrainedModel = model.to(dtype)
+    return cast

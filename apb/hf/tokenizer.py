@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from apb.errors import InputError
 from apb.hf.byte_tokenizer import byte_tokenizer
 from apb.hf.checkpoint import Checkpoint
+from apb.hf.gguf import load_gguf_tokenizer
 from apb.model_config import ModelConfig
 
 
@@ -19,10 +20,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if config.architecture is not None:
         return byte_tokenizer()
     checkpoint = Checkpoint.find(config)
+    tokenizer: PreTrainedTokenizerBase
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            checkpoint.location, **checkpoint.options
-        )
+        if checkpoint.gguf is not None:
+            tokenizer = load_gguf_tokenizer(checkpoint.gguf)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.location, **checkpoint.options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot read the tokenizer of {checkpoint.location}: {reason}") from error
@@ -32,7 +35,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def stop_ids(
     config: ModelConfig, hf_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """Every token the model's own files name as an end: configuration, generation config, tokenizer."""
+    """Every token that the model's own files name as an end."""
     named: list[int | list[int] | None] = [hf_config.eos_token_id, tokenizer.eos_token_id]
     if config.architecture is None:
         checkpoint = Checkpoint.find(config)

@@ -91,10 +91,11 @@ class LocalSession(Session):
 
     def _next_reply(self) -> dict[str, Any]:
         """Rank 0's next message. The others only speak, or end, when they fail."""
-        connections = [connection for _, connection in self._ranks]
-        ready = wait(connections)
+        ready = wait([connection for _, connection in self._ranks])
         # The others first: where one has failed, rank 0 merely reports that it went away.
-        return self._read(max(connections.index(connection) for connection in ready))
+        return self._read(
+            max(rank for rank, (_, connection) in enumerate(self._ranks) if connection in ready)
+        )
 
     def _read(self, rank: int) -> dict[str, Any]:
         try:

@@ -67,7 +67,8 @@ class ApbMethod(BlockMethod):
             if isinstance(self._anchor_len, int):
                 raise InputError(
                     f"method.anchor_len={length} shows {shown} context tokens but the first block "
-                    f"has {first_len}: lower method.anchor_len to {first_len + spliced} or num_blocks"
+                    f"has {first_len}: lower method.anchor_len to "
+                    f"{first_len + spliced} or lower num_blocks"
                 )
             shown = first_len
         return Anchor(shown, spliced, min(prefix_len, shown))

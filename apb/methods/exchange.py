@@ -74,7 +74,7 @@ class ContextExchange:
         return self._comm.all_gather(message_2NKPD, Tag(self._step, layer.layer_idx, Kind.PASSING))
 
     def upstream(self, anchor: AnchorKV, pending: Pending | None) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[K, U, D]``: the anchor, then the passing blocks this rank's blocks need.
+        """Keys and values ``[K, U, D]``: the anchor, then the passing blocks that are needed here.
 
         Block ``b`` attends to the first ``plan.upstream_len(b)`` of them. The buffer is reused by
         the next layer.

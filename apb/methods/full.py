@@ -13,7 +13,7 @@ from apb.prompts.base import PromptTokens
 
 
 class FullMethod(BlockMethod):
-    """Exact. Rank 0 runs and caches the whole context as one block; the other ranks hold nothing."""
+    """Exact: rank 0 runs and caches the context as one block, and the other ranks hold nothing."""
 
     def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
         if num_blocks not in (None, 1):

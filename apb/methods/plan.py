@@ -10,7 +10,7 @@ from apb.layout import Block, SequenceLayout
 
 
 class AnchorForm(Enum):
-    """Where the anchor runs: on the ranks that read it, or once, its KV travelling with the exchange."""
+    """Where the anchor runs: on every rank that reads it, or once, its KV travelling."""
 
     replicated = "replicated"
     shared = "shared"
@@ -74,7 +74,7 @@ class PrefillPlan:
         return min(self.anchor.context_len, len(block)) if block.index == 0 else 0
 
     def upstream_len(self, block_index: int) -> int:
-        """Keys that a block attends to before its own: the anchor and all earlier passing blocks."""
+        """Keys that a block sees before its own: the anchor and all earlier passing blocks."""
         return (len(self.anchor) if block_index else 0) + sum(self.passing_lens[:block_index])
 
     def runs_anchor(self, rank: int) -> bool:
@@ -86,12 +86,12 @@ class PrefillPlan:
         return any(block.index > 0 for block in self.layout.owned_by(rank))
 
     def num_rows(self, rank: int) -> int:
-        """How many tokens the rank runs: its blocks, and the anchor unless block 0 stands in for it."""
+        """How many tokens the rank runs: its blocks, and the anchor unless block 0 is it."""
         copied = self.runs_anchor(rank) and not self._anchor_is_block_0(rank)
         return self.layout.tokens_on(rank) + (len(self.anchor) if copied else 0)
 
     def _anchor_is_block_0(self, rank: int) -> bool:
-        """An anchor without the query is the beginning of block 0, which serves as its owner's copy."""
+        """Without the query the anchor is the beginning of block 0, its owner's copy then."""
         return self.anchor.query_len == 0 and self.layout.blocks[0].rank == rank
 
     def rows(self, rank: int, context_ids: Sequence[int], query_ids: Sequence[int]) -> RankRows:

@@ -29,7 +29,7 @@ class AnswerText:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that became certain. Sets `stopped` at a stop id or string."""
+        """Add a token; return the text that became certain. A stop id or string sets `stopped`."""
         if token_id in self._stop_ids:
             self.stopped = True
             return self.finish()

@@ -12,7 +12,7 @@ from apb.errors import InputError
 from apb.prompts.document import read_document
 
 MakeNeedle = Callable[..., Mapping[str, str]]
-"""``make_needle`` on a rank, where the tokenizer is: keyword arguments in, the case's fields out."""
+"""``make_needle`` on a rank, where the tokenizer is: arguments in, the case's fields out."""
 
 
 class PromptText(NamedTuple):
@@ -27,7 +27,7 @@ class PromptText(NamedTuple):
 class PromptConfig(ABC):
     """Config of a prompt source."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - most sources have nothing to check
         """Fail early on what can be known without a model."""
 
     @abstractmethod

@@ -62,11 +62,11 @@ def build_prompt(
 def _use_chat(tokenizer: Tokenizer, template: str) -> bool:
     if template not in ("auto", "chat", "plain"):
         raise InputError(
-            f"template={template!r} is none of auto, chat, plain; change prompt.template"
+            f"template={template!r} is none of auto, chat, plain; change model.template"
         )
     if template == "chat" and not tokenizer.chat_template:
         raise InputError(
-            "the tokenizer has no chat template for template='chat'; set prompt.template to plain"
+            "the tokenizer has no chat template for template='chat'; set model.template to plain"
         )
     return template != "plain" and bool(tokenizer.chat_template)
 
@@ -78,7 +78,7 @@ def _user_frame(user_template: str) -> _Frame:
     if counts != (1, 1) or "{question}" in before:
         raise InputError(
             f"user_template={user_template!r} must hold {{document}} and, after it, {{question}}, "
-            "each once; change prompt.user_template"
+            "each once; change model.user_template"
         )
     return _Frame(before, between, after)
 
@@ -90,7 +90,7 @@ def _chat_frame(tokenizer: Tokenizer, user: _Frame) -> _Frame:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is the model author's program and may raise anything
         raise InputError(
-            f"the chat template cannot write a user turn ({error}); set prompt.template to plain"
+            f"the chat template cannot write a user turn ({error}); set model.template to plain"
         ) from error
     before, _, rest = rendered.partition(_DOCUMENT_MARK)
     between, _, after = rest.partition(_QUESTION_MARK)
@@ -99,7 +99,7 @@ def _chat_frame(tokenizer: Tokenizer, user: _Frame) -> _Frame:
         raise InputError(
             "the chat template changes, drops or repeats what the user says "
             f"(document {counts[0]} times, question {counts[1]} times, once each expected); "
-            "set prompt.template to plain"
+            "set model.template to plain"
         )
     return _Frame(before, between, after)
 

@@ -20,7 +20,7 @@ ROWS = [
     {"attention"},
     {"compress"},
     {"methods"},
-    {"hf", "report"},
+    {"hf", "report", "table"},
     {"engine"},
     {"config"},
     {"runner"},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import Metaspace
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from apb.errors import InputError
 from apb.hf.byte_tokenizer import CONTROL_TOKENS, byte_tokenizer
@@ -124,7 +125,7 @@ def test_tokenizer_that_cannot_split_special_tokens_is_no_way_out(
 ) -> None:
     tokenizer = byte_tokenizer()
 
-    def ignore_split(self: PreTrainedTokenizerFast, text: str, **settings: bool) -> BatchEncoding:
+    def ignore_split(self: PreTrainedTokenizerFast, text: str, **settings: bool) -> Any:
         return encode(self, text, **{**settings, "split_special_tokens": False})
 
     encode = type(tokenizer).__call__
@@ -208,7 +209,7 @@ def test_token_ids_are_used_as_they_are() -> None:
 def test_template_that_alters_the_content_is_refused(chat_template: str) -> None:
     message = error_of(tokenizer=with_template(chat_template))
     assert message.startswith("the chat template changes, drops or repeats what the user says")
-    assert message.endswith("set prompt.template to plain")
+    assert message.endswith("set model.template to plain")
 
 
 def test_template_that_fails_is_refused() -> None:
