@@ -5,18 +5,20 @@ To add a plug-in: a file with its class and config, a line in `PLUGINS`, a YAML 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from apb.attention.base import BackendConfig
 from apb.attention.reference import ReferenceConfig
@@ -154,7 +156,7 @@ def compose_config(overrides: Sequence[str]) -> RunConfig:
         try:
             config = compose("run", normalised(overrides))
         except (HydraException, OmegaConfBaseException) as error:
-            raise InputError(_one_line(error)) from error
+            raise InputError(_one_sentence(error)) from error
     return to_run_config(config)
 
 
@@ -177,7 +179,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
     try:
         return cast(RunConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise InputError(_one_line(error)) from error
+        raise InputError(_one_sentence(error)) from error
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -185,9 +187,21 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise InputError(f"{name}={value} must be one of {', '.join(choices)}")
 
 
-def _one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages put the cause in several lines; users get one sentence."""
+def _one_sentence(error: Exception) -> str:
+    """Hydra and OmegaConf explain themselves in paragraphs; users get the key and what is wrong."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [option for option in error.options or () if not option.endswith("_schema")]
+        return f"{group}={name} does not exist: choose one of {', '.join(options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    useful = [line for line in lines if not line.startswith(("full_key:", "object_type="))]
-    return " ".join(useful) or type(error).__name__
+    text = next(line for line in [*str(cause).splitlines(), type(error).__name__] if line.strip())
+    if (
+        found := re.match(r"Could not override '(.*)'\. No match in the defaults list", text)
+    ) is not None:
+        return f"{found[1]} does not apply to the other settings given"
+    key = getattr(cause, "full_key", None)
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and key:
+        known = [field.name for field in fields(cause.object_type)] if cause.object_type else []
+        known = get_close_matches(key.rpartition(".")[2], known, n=1) or known
+        return f"unknown setting {key}: did you mean {' or '.join(known)}?"
+    return f"{key}: {text}" if key else text

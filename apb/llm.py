@@ -60,7 +60,7 @@ class LLM:
 
     @classmethod
     def from_overrides(cls, overrides: Sequence[str]) -> LLM:
-        """An LLM from Hydra overrides alone; its first valid request loads the weights."""
+        """An LLM from Hydra overrides alone; its first request starts ranks and loads weights."""
         llm = cls.__new__(cls)
         llm._start(overrides)
         return llm
@@ -68,8 +68,16 @@ class LLM:
     def _start(self, overrides: Sequence[str]) -> None:
         self._lock = threading.Lock()
         self._holder: int | None = None
+        self._overrides = tuple(overrides)
+        self._opened: Session | None = None
         self.config = compose_config(overrides)
-        self._session = _open_session(self.config, overrides)
+
+    @property
+    def _session(self) -> Session:
+        """The ranks, started by the first request."""
+        if self._opened is None:
+            self._opened = _open_session(self.config, self._overrides)
+        return self._opened
 
     def ask(
         self, document: Tokens, question: Tokens, params: SamplingParams | None = None
@@ -120,7 +128,8 @@ class LLM:
 
     def close(self) -> None:
         """End the ranks; repeating it does no harm."""
-        self._session.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,8 @@ def configure_logging(rank: int, world_size: int) -> None:
         handler.setFormatter(logging.Formatter(f"[r{rank}/{world_size}] %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
+    # It would report every retry of every rank; what failed in the end is raised.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def log_to_file(path: Path) -> None:

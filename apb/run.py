@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     configure_logging(rank, int(os.environ.get("WORLD_SIZE", "1")))
     try:
         if not any(argument.startswith("-") for argument in arguments):
-            compose_config(overrides).prompt.check()
+            compose_config(overrides)
         _run_hydra(overrides, rank)
     except ApbError as error:
         if rank == 0:

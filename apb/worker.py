@@ -33,6 +33,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     available = torch.cuda.device_count()
+    if available == 0:
+        raise InputError("device=cuda but torch finds no GPU here: set device=cpu")
     if local_rank >= available:
         raise InputError(
             f"rank {local_rank} of this machine has no GPU ({available} found): start at most "

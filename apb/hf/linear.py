@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 MIN_ROWS = 16
 """Below this many rows the conversion of the weights costs more than the product gains."""
+CHUNK_ROWS = 1024
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -39,6 +41,16 @@ class WideLinears(TorchFunctionMode):
             x, weight, *rest = args
             bias = rest[0] if rest else None
             if x.dtype in (torch.bfloat16, torch.float16) and x[..., 0].numel() >= MIN_ROWS:
-                wide_bias = None if bias is None else bias.float()
-                return func(x.float(), weight.float(), wide_bias).to(x.dtype)
+                return _wide_linear(x, weight, bias)
         return func(*args, **(kwargs or {}))
+
+
+def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``linear(x, weight, bias)`` by chunks of rows, so that the fp32 copies stay small."""
+    weight_wide = weight.float()
+    bias_wide = None if bias is None else bias.float()
+    rows = x.flatten(0, -2)
+    out = x.new_empty((rows.shape[0], weight.shape[0]))
+    for rows_in, rows_out in zip(rows.split(CHUNK_ROWS), out.split(CHUNK_ROWS), strict=True):
+        rows_out.copy_(torch.nn.functional.linear(rows_in.float(), weight_wide, bias_wide))
+    return out.unflatten(0, x.shape[:-1])

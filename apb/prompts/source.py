@@ -27,9 +27,6 @@ class PromptText(NamedTuple):
 class PromptConfig(ABC):
     """Config of a prompt source."""
 
-    def check(self) -> None:  # noqa: B027 - most sources have nothing to check
-        """Fail early on what can be known without a model."""
-
     @abstractmethod
     def load(self, make_needle: MakeNeedle, *, seed: int) -> PromptText:
         """The prompt.
@@ -61,12 +58,10 @@ class TextConfig(PromptConfig):
     document: str = ""
     query: str = ""
 
-    def check(self) -> None:
+    def load(self, make_needle: MakeNeedle, *, seed: int) -> PromptText:
         for name, value in (("document", self.document), ("query", self.query)):
             if not value.strip():
                 raise InputError(f"prompt.{name} is empty: give the {name} as prompt.{name}=...")
-
-    def load(self, make_needle: MakeNeedle, *, seed: int) -> PromptText:
         return PromptText(self.document, self.query)
 
 
@@ -75,4 +70,5 @@ class FileConfig(TextConfig):
     """`document` is the path of a UTF-8 text or PDF file."""
 
     def load(self, make_needle: MakeNeedle, *, seed: int) -> PromptText:
-        return PromptText(read_document(Path(self.document)), self.query)
+        given = TextConfig.load(self, make_needle, seed=seed)
+        return given._replace(document=read_document(Path(given.document)))
