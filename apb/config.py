@@ -16,6 +16,7 @@ from typing import cast
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -50,6 +51,8 @@ PLUGINS: Mapping[str, Mapping[str, type]] = {
 }
 APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
+FREE_TEXT = ("prompt.document", "prompt.query", "model.path", "output")
+"""Settings whose value is text to the letter: a comma in a question is no sweep."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,11 +137,20 @@ def model_names() -> list[str]:
 
 
 def normalised(overrides: Sequence[str]) -> list[str]:
-    """Accept ``model=x`` for ``+model=x``, the form that most Hydra users type."""
-    return [
-        f"+{override}" if override.split("=")[0] in APPEND_ONLY else override
-        for override in overrides
-    ]
+    """Overrides as Hydra's grammar wants them: ``model=x`` becomes ``+model=x``, text is quoted."""
+    result = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key in FREE_TEXT and equals and not value.startswith(("'", '"')):
+            override = f"{key}={quoted(value)}"
+        result.append(f"+{override}" if key in APPEND_ONLY else override)
+    return result
+
+
+def quoted(text: str) -> str:
+    """A string to the letter in Hydra's override grammar."""
+    literal = text.replace("${", "\\${")
+    return QuotedString(literal, Quote.single).with_quotes()
 
 
 _COMPOSE_LOCK = threading.Lock()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
-from apb.config import RunConfig, compose_config, model_names
+from apb.config import RunConfig, compose_config, model_names, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.local import LocalSession
@@ -49,7 +49,7 @@ class LLM:
     ) -> None:
         named = {"launcher": launcher, "world_size": world_size, **settings}
         shorthand = [
-            f"{name}={_quoted(value)}" for name, value in named.items() if value is not None
+            f"{name}={_override_value(value)}" for name, value in named.items() if value is not None
         ]
         self._start([*_model_overrides(model), *shorthand, *overrides])
         try:
@@ -95,7 +95,7 @@ class LLM:
 
     def stream(
         self, document: Tokens, question: Tokens, params: SamplingParams | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer's text in pieces as they become certain. Closing the iterator cancels it."""
         with self._request():
             arguments = _ask_arguments(document, question, params)
@@ -186,17 +186,13 @@ def _model_overrides(model: str) -> list[str]:
     path = os.path.abspath(model) if os.path.exists(model) else model
     return [
         "model=custom",
-        f"model.path={_quoted(path)}",
-        f"model.name={_quoted(os.path.basename(path))}",
+        f"model.path={quoted(path)}",
+        f"model.name={quoted(os.path.basename(path))}",
     ]
 
 
-def _quoted(value: object) -> str:
-    """A value in Hydra's override grammar."""
-    if not isinstance(value, str):
-        return str(value).lower()
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+def _override_value(value: str | int | bool) -> str:
+    return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
 def _ask_arguments(

@@ -53,4 +53,5 @@ def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty((rows.shape[0], weight.shape[0]))
     for rows_in, rows_out in zip(rows.split(CHUNK_ROWS), out.split(CHUNK_ROWS), strict=True):
         rows_out.copy_(torch.nn.functional.linear(rows_in.float(), weight_wide, bias_wide))
-    return out.unflatten(0, x.shape[:-1])
+    unpacked: Tensor = out.unflatten(0, x.shape[:-1])
+    return unpacked

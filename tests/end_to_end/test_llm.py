@@ -1,0 +1,170 @@
+"""`LLM` on real subprocess ranks: the same answers as one rank, streams, failures and clean-up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from apb import LLM, EngineDeadError, InputError, RequestError, SamplingParams
+
+DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 40
+QUESTION = "Who kept bees?"
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+EXACT = ["method.passing_len=1.0", "method.min_block_len=1"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("tiny", world_size=2, overrides=["method.min_block_len=64"]) as ranks:
+        yield ranks
+
+
+def test_full_gives_the_same_tokens_on_any_number_of_ranks() -> None:
+    tokens = []
+    for world_size in (1, 3):
+        with LLM("tiny", world_size=world_size, method="full") as ranks:
+            tokens.append(ranks.ask(DOCUMENT, QUESTION, PARAMS).token_ids)
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 12
+
+
+def test_logprobs_with_every_token_passed_equal_full() -> None:
+    continuation = "The miller."
+    with LLM("tiny", world_size=2, overrides=EXACT) as ranks:
+        passed = ranks.logprobs(DOCUMENT, continuation)
+    with LLM("tiny", world_size=1, method="full") as ranks:
+        exact = ranks.logprobs(DOCUMENT, continuation)
+    assert len(exact) == len(continuation)
+    assert passed == pytest.approx(exact, abs=1e-4)
+
+
+def test_pieces_of_a_stream_make_up_the_answer(llm: LLM) -> None:
+    assert (
+        "".join(llm.stream(DOCUMENT, QUESTION, PARAMS)) == llm.ask(DOCUMENT, QUESTION, PARAMS).text
+    )
+
+
+def test_a_closed_stream_leaves_the_ranks_ready(llm: LLM) -> None:
+    expected = llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+    stream = llm.stream(DOCUMENT, QUESTION, SamplingParams(max_tokens=2000, ignore_eos=True))
+    next(iter(stream))
+    with pytest.raises(RequestError, match="stream of this thread"):
+        llm.ask(DOCUMENT, QUESTION, PARAMS)
+    stream.close()
+    assert llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids == expected
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    expected = llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+    seen: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda: seen.append(llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [expected] * 3
+
+
+def test_two_gangs_on_one_machine_do_not_meet(llm: LLM) -> None:
+    with LLM("tiny", world_size=2, overrides=["model.weights_seed=1"]) as other:
+        theirs = other.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+        ours = llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+        assert other.ask(DOCUMENT, QUESTION, PARAMS).token_ids == theirs
+    assert ours != theirs
+    assert llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids == ours
+
+
+def test_a_bad_request_is_refused_and_the_next_one_answered(llm: LLM) -> None:
+    for document, question, words in (
+        ("", QUESTION, "document is empty"),
+        (DOCUMENT, "  ", "question is empty"),
+        ([1, 2, 70000], QUESTION, "outside"),
+        ("x" * 70_000, QUESTION, "reads at most 65536"),
+    ):
+        with pytest.raises(InputError, match=words):
+            llm.ask(document, question, PARAMS)
+    assert llm.ask(DOCUMENT, QUESTION, PARAMS).finish_reason == "length"
+
+
+def test_metrics_account_for_every_token(llm: LLM) -> None:
+    metrics = llm.ask(DOCUMENT, QUESTION, PARAMS).metrics
+    assert sum(rank.tokens_cached for rank in metrics.layout) == metrics.context_tokens
+    assert metrics.generated_tokens == 12
+    assert 0 < metrics.prefill_s < metrics.ttft_s
+    assert min(metrics.bytes_exchanged) > 0
+    assert min(metrics.peak_memory_bytes) > 2**20
+
+
+def test_stop_ids_and_strings_end_the_answer_also_at_the_first_token(llm: LLM) -> None:
+    free = llm.ask(DOCUMENT, QUESTION, PARAMS)
+    first = free.token_ids[0]
+    stopped = llm.ask(
+        DOCUMENT, QUESTION, SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(first,))
+    )
+    assert (stopped.token_ids, stopped.text, stopped.finish_reason) == ([first], "", "stop")
+    text = free.text
+    cut = llm.ask(
+        DOCUMENT, QUESTION, SamplingParams(max_tokens=12, ignore_eos=True, stop=(text[0],))
+    )
+    assert (cut.text, cut.finish_reason) == ("", "stop")
+
+
+def test_sampling_repeats_with_its_seed(llm: LLM) -> None:
+    def sample(seed: int) -> list[int]:
+        params = SamplingParams(max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True)
+        return llm.ask(DOCUMENT, QUESTION, params).token_ids
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_a_killed_rank_is_named_and_nothing_is_left_behind() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    ranks = LLM("tiny", world_size=3)
+    children = set(psutil.Process().children(recursive=True)) - before
+    victim = next(child for child in children if child.environ()["RANK"] == "1")
+    victim.send_signal(signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match=r"rank 1 .*SIGKILL"):
+        ranks.ask(DOCUMENT, QUESTION, PARAMS)
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        ranks.ask(DOCUMENT, QUESTION, PARAMS)
+    assert not [child for child in children if child.is_running()]
+
+
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "from apb import LLM, SamplingParams\n"
+        "llm = LLM('tiny', world_size=2)\n"
+        "print(len(llm.ask('a mill ' * 200, 'Where?', SamplingParams(max_tokens=3)).token_ids))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert 1 <= int(done.stdout) <= 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dtype": "int4"}, "dtype=int4"),
+        ({"method": "nope"}, "method=nope does not exist"),
+        ({"launcher": "torchrun"}, "RANK and WORLD_SIZE"),
+        ({"world_size": 2, "num_blocks": 0}, "num_blocks=0"),
+    ],
+)
+def test_wrong_settings_fail_at_once(settings: dict[str, str | int], words: str) -> None:
+    assert "RANK" not in os.environ
+    with pytest.raises(InputError, match=words):
+        LLM("tiny", **settings)  # type: ignore[arg-type]
