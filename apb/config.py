@@ -132,6 +132,11 @@ def register_configs() -> None:
             store.store(group=group, name=f"{name}_schema", node=schema)
 
 
+def plugin_name(group: str, config: object) -> str:
+    """The name under which a plug-in's config stands in `PLUGINS`."""
+    return next(name for name, schema in PLUGINS[group].items() if type(config) is schema)
+
+
 def model_names() -> list[str]:
     return sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from apb.comm import Communicator
-from apb.config import RunConfig
+from apb.config import RunConfig, plugin_name
 from apb.engine import Engine, Step
 from apb.errors import InputError
 from apb.hf.model import CausalLM, choose_dtype, load_config
@@ -161,7 +161,7 @@ class RequestRunner:
             prompt,
             plan,
             engine.report(meter.local()),
-            method=type(self._config.method).__name__.removesuffix("Config").lower(),
+            method=plugin_name("method", self._config.method),
             dtype=self._dtype,
             generated=len(steps),
         )

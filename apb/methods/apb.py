@@ -8,10 +8,9 @@ from omegaconf import MISSING
 
 from apb.compress.base import Compressor, CompressorConfig
 from apb.errors import InputError
-from apb.layout import SequenceLayout, choose_num_blocks
-from apb.methods.base import MethodConfig
-from apb.methods.blocks import BlockMethod
-from apb.methods.plan import Anchor, AnchorForm, PrefillPlan
+from apb.layout import SequenceLayout
+from apb.methods.blocks import BlockConfig, BlockMethod
+from apb.methods.plan import Anchor, AnchorForm, PrefillPlan, cut_context
 from apb.prompts.base import PromptTokens
 
 Length = int | float
@@ -36,16 +35,13 @@ class ApbMethod(BlockMethod):
         self._min_block_len = min_block_len
 
     def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
-        context_len = len(prompt.context_ids)
-        count = choose_num_blocks(
-            context_len,
-            requested=num_blocks,
+        layout, notes = cut_context(
+            len(prompt.context_ids),
+            num_blocks=num_blocks,
             world_size=world_size,
             min_block_len=self._min_block_len,
         )
-        layout = SequenceLayout.even(context_len, num_blocks=count, world_size=world_size)
-        notes = _fewer_blocks_note(count, num_blocks or world_size, context_len)
-        if count == 1:
+        if len(layout.blocks) == 1:
             return PrefillPlan(layout, passing_lens=(0,), notes=notes)
         anchor = self._anchor(layout, len(prompt.prefix_ids), len(prompt.query_ids))
         if anchor.query_len < len(prompt.query_ids) and len(anchor):
@@ -89,7 +85,7 @@ class ApbMethod(BlockMethod):
 
 
 @dataclass(kw_only=True, slots=True)
-class ApbConfig(MethodConfig):
+class ApbConfig(BlockConfig):
     """Config of `ApbMethod`.
 
     Attributes:
@@ -97,16 +93,15 @@ class ApbConfig(MethodConfig):
         anchor: `shared` (rank 0 runs the anchor once) or `replicated` (paper).
         anchor_len: tokens (integer) or share of the block length (float); the paper's is 1/4.
         passing_len: per block, likewise; the paper's is 1/8.
-        min_block_len: fewer blocks than ranks are used rather than shorter ones.
     """
 
     compressor: CompressorConfig = MISSING
     anchor: AnchorForm = AnchorForm.shared
     anchor_len: Length = 0.25
     passing_len: Length = 0.125
-    min_block_len: int = 256
 
     def __post_init__(self) -> None:
+        BlockConfig.__post_init__(self)  # super() does not work in a class with slots before 3.14
         for name in ("anchor_len", "passing_len"):
             value = getattr(self, name)
             if value < 0 or (isinstance(value, float) and value > 1):
@@ -114,8 +109,6 @@ class ApbConfig(MethodConfig):
                     f"method.{name}={value} must be a number of tokens (an integer from 0) "
                     "or a share of the block length (a decimal from 0.0 to 1.0)"
                 )
-        if self.min_block_len < 1:
-            raise InputError(f"method.min_block_len={self.min_block_len} must be at least 1")
 
     def build(self, *, seed: int) -> ApbMethod:
         return ApbMethod(
@@ -129,12 +122,3 @@ class ApbConfig(MethodConfig):
 
 def _in_tokens(length: Length, block_len: int) -> int:
     return length if isinstance(length, int) else int(length * block_len)
-
-
-def _fewer_blocks_note(count: int, wanted: int, context_len: int) -> tuple[str, ...]:
-    if count >= wanted:
-        return ()
-    return (
-        f"{context_len} context tokens fill {count} of {wanted} blocks "
-        "(method.min_block_len): ranks without a block idle during prefill",
-    )

@@ -6,16 +6,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from omegaconf import MISSING
 from torch import Tensor
 
 from apb.attention.base import LayerInputs, Segment
 from apb.comm import Pending
 from apb.compress.base import BlockView, Compressor, PassingBlock
+from apb.errors import InputError
 from apb.layout import Block
-from apb.methods.base import Attend, AttentionMethod, PrefillContext
+from apb.methods.base import Attend, AttentionMethod, MethodConfig, PrefillContext
 from apb.methods.exchange import ContextExchange
 from apb.methods.plan import AnchorForm
+
+
+@dataclass(kw_only=True, slots=True)
+class BlockConfig(MethodConfig):
+    """What the approximate blockwise methods have in common.
+
+    Attributes:
+        anchor: where the anchor runs.
+        min_block_len: fewer blocks than ranks are used rather than shorter ones.
+    """
+
+    anchor: AnchorForm = MISSING
+    min_block_len: int = 256
+
+    def __post_init__(self) -> None:
+        if self.min_block_len < 1:
+            raise InputError(f"method.min_block_len={self.min_block_len} must be at least 1")
 
 
 class BlockMethod(AttentionMethod):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from apb.layout import Block, SequenceLayout
+from apb.layout import Block, SequenceLayout, choose_num_blocks
 
 
 class AnchorForm(Enum):
@@ -113,3 +113,24 @@ class PrefillPlan:
             blocks.append((block, slice(start, len(token_ids))))
         local = slice(local_start, len(token_ids))
         return RankRows(tuple(token_ids), tuple(positions), anchor, local, tuple(blocks))
+
+
+def cut_context(
+    context_len: int, *, num_blocks: int | None, world_size: int, min_block_len: int
+) -> tuple[SequenceLayout, tuple[str, ...]]:
+    """The blocks of a context, and a note for the user where they are fewer than asked for.
+
+    Raises:
+        InputError: `num_blocks` is below the number of ranks.
+    """
+    count = choose_num_blocks(
+        context_len, requested=num_blocks, world_size=world_size, min_block_len=min_block_len
+    )
+    layout = SequenceLayout.even(context_len, num_blocks=count, world_size=world_size)
+    wanted = num_blocks or world_size
+    if count == wanted:
+        return layout, ()
+    return layout, (
+        f"{context_len} context tokens fill {count} of {wanted} blocks (method.min_block_len): "
+        "ranks without a block idle during prefill",
+    )

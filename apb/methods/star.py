@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apb.layout import SequenceLayout, choose_num_blocks
-from apb.methods.base import MethodConfig
-from apb.methods.blocks import BlockMethod
-from apb.methods.plan import Anchor, AnchorForm, PrefillPlan
+from apb.methods.blocks import BlockConfig, BlockMethod
+from apb.methods.plan import Anchor, AnchorForm, PrefillPlan, cut_context
 from apb.prompts.base import PromptTokens
 
 
@@ -20,24 +18,22 @@ class StarMethod(BlockMethod):
         self._anchor_form = anchor_form
 
     def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
-        context_len = len(prompt.context_ids)
-        count = choose_num_blocks(
-            context_len,
-            requested=num_blocks,
+        layout, notes = cut_context(
+            len(prompt.context_ids),
+            num_blocks=num_blocks,
             world_size=world_size,
             min_block_len=self._min_block_len,
         )
-        layout = SequenceLayout.even(context_len, num_blocks=count, world_size=world_size)
+        count = len(layout.blocks)
         anchor = Anchor(context_len=len(layout.blocks[0])) if count > 1 else Anchor()
-        return PrefillPlan(layout, anchor, self._anchor_form, (0,) * count)
+        return PrefillPlan(layout, anchor, self._anchor_form, (0,) * count, notes)
 
 
 @dataclass(kw_only=True, slots=True)
-class StarConfig(MethodConfig):
+class StarConfig(BlockConfig):
     """Config of `StarMethod`. `anchor=replicated` is the paper's: nothing is exchanged."""
 
     anchor: AnchorForm = AnchorForm.replicated
-    min_block_len: int = 256
 
     def build(self, *, seed: int) -> StarMethod:
         return StarMethod(min_block_len=self.min_block_len, anchor_form=self.anchor)
