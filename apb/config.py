@@ -146,10 +146,13 @@ def normalised(overrides: Sequence[str]) -> list[str]:
     result = []
     for override in overrides:
         key, equals, value = override.partition("=")
-        if key in FREE_TEXT and equals and not value.startswith(("'", '"')):
+        if key in FREE_TEXT and equals and not _QUOTED.fullmatch(value):
             override = f"{key}={quoted(value)}"
         result.append(f"+{override}" if key in APPEND_ONLY else override)
     return result
+
+
+_QUOTED = re.compile(r"""'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def quoted(text: str) -> str:
@@ -219,6 +222,8 @@ def _one_sentence(error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and key:
         known = [field.name for field in fields(cause.object_type)] if cause.object_type else []
-        known = get_close_matches(key.rpartition(".")[2], known, n=1) or known
-        return f"unknown setting {key}: did you mean {' or '.join(known)}?"
+        close = get_close_matches(key.rpartition(".")[2], known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
+        return f"unknown setting {key}: {advice}"
+    text = text.replace("is incompatible with type hint 'Union[int, float]'", "is not a number")
     return f"{key}: {text}" if key else text

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 
-def configure_logging(rank: int, world_size: int) -> None:
+def configure_logging(rank: int, world_size: int | None) -> None:
     """Send apb's log to stderr: everything from INFO on rank 0, warnings elsewhere.
+
+    The driver of a local gang is no rank and has no `world_size`.
 
     Only apb's own logger is touched; an application that has given it handlers keeps them.
     """
@@ -16,7 +18,8 @@ def configure_logging(rank: int, world_size: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"[r{rank}/{world_size}] %(levelname)s %(message)s"))
+        who = "apb" if world_size is None else f"r{rank}/{world_size}"
+        handler.setFormatter(logging.Formatter(f"[{who}] %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
     # It would report every retry of every rank; what failed in the end is raised.

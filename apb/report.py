@@ -80,4 +80,4 @@ def rank_layout(plan: PrefillPlan, rank: int) -> RankLayout:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"cpu ({platform.machine()}, threads per rank: {torch.get_num_threads()})"

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     overrides = normalised(arguments)
-    configure_logging(rank, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = os.environ.get("WORLD_SIZE")
+    configure_logging(rank, None if world_size is None else int(world_size))
     try:
         if not any(argument.startswith("-") for argument in arguments):
             compose_config(overrides)

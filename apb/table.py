@@ -9,7 +9,8 @@ def timing_table(metrics: RequestMetrics) -> list[str]:
     """Lines of plain text, one row per rank."""
     ms_per_token = 1e3 / metrics.tokens_per_s if metrics.tokens_per_s else 0.0
     lines = [
-        f"{metrics.method}, {metrics.num_blocks} blocks on {len(metrics.layout)} ranks, "
+        f"{metrics.method}, {_count(metrics.num_blocks, 'block')} on "
+        f"{_count(len(metrics.layout), 'rank')}, "
         f"{metrics.dtype}, {metrics.device}",
         f"context {metrics.context_tokens} tokens, query {metrics.query_tokens}, "
         f"generated {metrics.generated_tokens}",
@@ -26,6 +27,10 @@ def timing_table(metrics: RequestMetrics) -> list[str]:
             f"{_size(metrics.peak_memory_bytes[rank]):>11}  {blocks}"
         )
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _size(num_bytes: int) -> str:

@@ -18,7 +18,7 @@ from apb.errors import ApbError
 def check_gguf_support() -> None:
     """Raises ApbError where the packages that read GGUF are missing."""
     if not (is_gguf_available() and is_accelerate_available()):
-        raise ApbError('Reading a GGUF file needs gguf and accelerate; pip install "apb[demo]".')
+        raise ApbError("reading a GGUF file needs two more packages: pip install gguf accelerate")
 
 
 def convert_gguf(gguf_path: Path, out_dir: Path) -> None:

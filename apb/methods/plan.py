@@ -132,5 +132,5 @@ def cut_context(
         return layout, ()
     return layout, (
         f"{context_len} context tokens fill {count} of {wanted} blocks (method.min_block_len): "
-        "ranks without a block idle during prefill",
+        "ranks without a block idle during prefill and still take part in decoding",
     )
