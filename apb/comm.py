@@ -171,11 +171,12 @@ def _payload(buffer_RU: Tensor, like: Tensor) -> Tensor:
 
 def _mismatch(rank: int, expected_16: Tensor, received_16: Tensor) -> str:
     def describe(header_16: Tensor) -> str:
-        magic, step, layer, kind, source, _, dim, *shape = header_16.tolist()
+        magic, step, layer, kind, source, dtype, dim, *shape = header_16.tolist()
         if magic != _MAGIC:
             return "bytes that are no apb message"
         name = Kind(kind).name.lower() if kind in set(Kind) else f"kind {kind}"
-        return f"{name} of step {step}, layer {layer}, rank {source}, shape {shape[:dim]}"
+        element = str(_DTYPES[dtype]).removeprefix("torch.")
+        return f"{name} of step {step}, layer {layer}, rank {source}, {element} {shape[:dim]}"
 
     return (
         f"rank {rank} waited for {describe(expected_16)} and received {describe(received_16)}: "

@@ -175,7 +175,7 @@ def compose_config(overrides: Sequence[str]) -> RunConfig:
     with _COMPOSE_LOCK, _own_hydra():
         try:
             config = compose("run", normalised(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise InputError(_one_sentence(error)) from error
     return to_run_config(config)
 
@@ -198,7 +198,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
         raise InputError(f"no model given: add +model=NAME with one of {', '.join(model_names())}")
     try:
         return cast(RunConfig, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, AttributeError) as error:
         raise InputError(_one_sentence(error)) from error
 
 

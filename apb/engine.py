@@ -122,6 +122,13 @@ class Engine:
         self._next_position += len(token_ids)
         return hidden_TM
 
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` tokens that `extend` has read."""
+        assert self._cache is not None, "rewind before prefill"
+        if self._is_owner:
+            self._cache.truncate(len(self._cache) - num_tokens)
+        self._next_position -= num_tokens
+
     def generate(
         self,
         query_ids: Sequence[int],
@@ -149,7 +156,7 @@ class Engine:
             with timeline.phase("decode" if index else "query"):
                 hidden_TM = self.extend(pending)
                 token_id, verdict = self._choose(hidden_TM[-1:], sampler)
-                if verdict is Verdict.CONTINUE and self._decode_owner:
+                if verdict is Verdict.CONTINUE and self._is_owner:
                     if is_last(token_id):
                         verdict = Verdict.STOP
                     elif index + 1 == params.max_tokens:
@@ -175,7 +182,7 @@ class Engine:
         hidden_TM = self.extend(token_ids)
         values: list[float] = []
         finite = True
-        if self._decode_owner:
+        if self._is_owner:
             targets_T = torch.tensor(targets, dtype=torch.int64, device=hidden_TM.device)
             for rows_TM, wanted_T in zip(
                 hidden_TM.split(_LOGIT_ROWS), targets_T.split(_LOGIT_ROWS), strict=True
@@ -200,11 +207,11 @@ class Engine:
         self._cache = self._decode = None
 
     @property
-    def _decode_owner(self) -> bool:
+    def _is_owner(self) -> bool:
         return self._comm.rank == OWNER
 
     def _choose(self, hidden_1M: Tensor, sampler: Sampler) -> tuple[int, Verdict]:
-        if not self._decode_owner:
+        if not self._is_owner:
             return 0, Verdict.CONTINUE
         logits_V = self._model.logits(hidden_1M)[0]
         if not bool(logits_V.isfinite().all()):

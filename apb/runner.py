@@ -157,6 +157,7 @@ class RequestRunner:
             self._progress.advance()
             yield {"piece": piece}
         yield {"piece": answer.finish()}
+        finish_reason = "stop" if answer.stopped else steps[-1].finish_reason or ""
         metrics = meter.metrics(
             prompt,
             plan,
@@ -168,7 +169,7 @@ class RequestRunner:
         return RequestOutput(
             text=answer.text,
             token_ids=[step.token_id for step in steps],
-            finish_reason=steps[-1].finish_reason or "",
+            finish_reason=finish_reason,
             metrics=metrics,
         )
 

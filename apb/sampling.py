@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from apb.errors import InputError
-
-if TYPE_CHECKING:  # torch takes seconds to import, and the driver of a local gang never samples.
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +56,6 @@ class Sampler:
     """Chooses tokens from logits; one per request, so that a seed gives one sequence."""
 
     def __init__(self, params: SamplingParams) -> None:
-        import torch
-
         self._params = params
         self._generator = torch.Generator()
         if params.seed is None:

@@ -46,8 +46,9 @@ class AnswerText:
         rest = self._decode(self._prefix, len(self._tokens))
         rest = rest[len(self._decode(self._prefix, self._read)) :]
         self._read = self._prefix = len(self._tokens)
-        piece, self._held = self._held + rest, ""
-        self.text += piece
+        piece = self._release(rest)
+        self.text += self._held  # nothing follows that could complete a stop string
+        piece, self._held = piece + self._held, ""
         return piece
 
     def _decode(self, start: int, stop: int) -> str:

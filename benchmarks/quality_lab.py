@@ -1,0 +1,137 @@
+"""One model with an engine per method, and what a quality benchmark does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from apb.comm import Communicator
+from apb.config import compose_config
+from apb.engine import Engine
+from apb.hf.model import CausalLM, choose_dtype, load_config
+from apb.hf.tokenizer import load_tokenizer, stop_ids
+from apb.metrics import Timeline
+from apb.prompts.answer import AnswerText
+from apb.prompts.base import PromptTokens
+from apb.prompts.encode import control_tokens, encode_plain, start_ids
+from apb.prompts.needle import NeedleCase
+from apb.prompts.template import build_prompt
+from apb.sampling import SamplingParams
+from apb.worker import choose_device
+
+REFERENCE = "full"
+METHODS: Mapping[str, tuple[str, ...]] = {
+    REFERENCE: ("method=full",),
+    "star": ("method=star",),
+    "apb-query": ("method=apb", "method/compressor=query"),
+    "apb-window": ("method=apb", "method/compressor=window"),
+    "apb-knorm": ("method=apb", "method/compressor=knorm"),
+    "apb-random": ("method=apb", "method/compressor=random"),
+}
+"""Name in the report to Hydra overrides. The first is what the others are compared with."""
+
+
+class Lab:
+    """Runs one document at a time with any of the methods, on one rank.
+
+    Results do not depend on the number of ranks, only on the number of blocks.
+    """
+
+    def __init__(
+        self, overrides: Sequence[str], methods: Sequence[str], *, num_blocks: int
+    ) -> None:
+        """Load the model.
+
+        Raises:
+            InputError: a wrong setting, or the model is not there.
+        """
+        self._configs = {name: compose_config([*overrides, *METHODS[name]]) for name in methods}
+        config = self._config = self._configs[REFERENCE]
+        self.device = choose_device(config.device, 0)
+        hf_config = load_config(config.model)
+        self.max_positions = int(hf_config.max_position_embeddings)
+        self._tokenizer = load_tokenizer(config.model)
+        self._stop_ids = tuple(stop_ids(config.model, hf_config, self._tokenizer))
+        self._model = CausalLM.load(
+            config.model, dtype=choose_dtype(config.dtype, self.device), device=self.device
+        )
+        self._methods = {
+            name: settings.method.build(seed=config.seed)
+            for name, settings in self._configs.items()
+        }
+        self._num_blocks = num_blocks
+        self._engine: Engine | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Each method with its settings."""
+        return {name: repr(config.method) for name, config in self._configs.items()}
+
+    def prompt(self, case: NeedleCase) -> PromptTokens:
+        model = self._config.model
+        return build_prompt(
+            self._tokenizer,
+            case.document,
+            case.question,
+            template=model.template,
+            user_template=model.user_template,
+        )
+
+    def encode(self, text: str, *, at_start: bool = False) -> list[int]:
+        """Token ids without a template; at the start with what the tokenizer begins with."""
+        ids = start_ids(self._tokenizer) if at_start else []
+        controls = control_tokens(self._tokenizer, "")
+        return ids + encode_plain(self._tokenizer, text, controls=controls, name="text")
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.encode(text))
+
+    def prefill(self, method: str, prompt: PromptTokens, *, room: int) -> float:
+        """Read the context with `method`; returns the seconds that took."""
+        num_blocks = None if method == REFERENCE else self._num_blocks
+        plan = self._methods[method].plan(prompt, world_size=1, num_blocks=num_blocks)
+        self._engine = Engine(
+            model=self._model,
+            method=self._methods[method],
+            backend=self._config.backend.build(),
+            comm=Communicator(0, 1, self.device),
+        )
+        timeline = Timeline(self.device)
+        with timeline.phase("prefill"):
+            self._engine.prefill(prompt, plan, room=room)
+        return timeline.phases_s["prefill"]
+
+    def answer_logprob(self, query_ids: Sequence[int], answer_ids: Sequence[int]) -> float:
+        """Log-probability per token of an answer after context and query, which stays unread."""
+        assert self._engine is not None, "answer_logprob before prefill"
+        rows = [*query_ids, *answer_ids[:-1]]
+        values = self._engine.logprobs(rows, [*query_ids[1:], *answer_ids])[-len(answer_ids) :]
+        self._engine.rewind(len(rows))
+        return sum(values) / len(values)
+
+    def answer(self, query_ids: Sequence[int], *, max_tokens: int) -> str:
+        """The model's own answer, greedy."""
+        assert self._engine is not None, "answer before prefill"
+        text = AnswerText(self._tokenizer, stop_ids=self._stop_ids)
+
+        def is_last(token_id: int) -> bool:
+            text.push(token_id)
+            return text.stopped
+
+        steps = self._engine.generate(
+            query_ids,
+            SamplingParams(max_tokens=max_tokens),
+            timeline=Timeline(self.device),
+            is_last=is_last,
+        )
+        for _ in steps:
+            pass
+        text.finish()
+        return text.text
+
+    def continuation_logprobs(self, token_ids: Sequence[int]) -> Tensor:
+        """Log-probabilities ``[T, V]`` of whatever follows each token after the context."""
+        assert self._engine is not None, "continuation_logprobs before prefill"
+        with torch.inference_mode():
+            return self._model.logits(self._engine.extend(token_ids)).log_softmax(dim=-1)

@@ -1,0 +1,64 @@
+"""Statistics as a report states them, Markdown tables, and the two files of a report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from apb.output import write_json
+from benchmarks.environment import hardware_slug
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error, which a single value does not have."""
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        if len(values) == 1:
+            return cls(values[0], None)
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
+
+    def text(self, digits: int, *, signed: bool = False) -> str:
+        sign = "+" if signed else ""
+        mean = f"{self.mean:{sign}.{digits}f}"
+        return mean if self.error is None else f"{mean} ± {self.error:.{digits}f}"
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of a few repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def write_report(
+    folder: Path, benchmark: str, model: str, lines: Sequence[str], data: dict[str, Any]
+) -> Path:
+    """Write ``<benchmark>_<model>_<hardware>_<yyyymmdd>.{md,json}``; returns the Markdown file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{benchmark}_{model}_{hardware_slug()}_{date.today():%Y%m%d}"
+    write_json(folder / f"{stem}.json", data)
+    path = folder / f"{stem}.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

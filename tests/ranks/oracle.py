@@ -1,0 +1,197 @@
+"""The statement of APB that the runtime is held against: one process, dense masks, no optimisation.
+
+One Hugging Face forward pass over the rows ``[anchor | context | query]``. In each layer the
+passing tokens are chosen from the block's own queries and keys, and a boolean mask per KV head says
+which rows see which keys; then a plain softmax. No code of `apb/methods` or `apb/compress` is used.
+
+Letters: N rows of the pass, D head dim, B tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from apb.hf.model import load_config
+from models import hf_model, model_config
+
+IMPLEMENTATION = "apb_oracle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """One prompt and the rules to read it by (design, section 4)."""
+
+    model: str
+    context: tuple[int, ...]
+    prefix_len: int
+    query: tuple[int, ...]
+    """Spliced into the anchor."""
+    block_lens: tuple[int, ...]
+    anchor_len: int
+    passing_len: int
+    shared: bool = True
+    compressor: str = "query"
+    window: int = 64
+    kernel: int = 5
+    new_ids: tuple[int, ...] = ()
+    """Read after the context."""
+    star: bool = False
+
+    @property
+    def has_anchor(self) -> bool:
+        return len(self.block_lens) > 1
+
+    @property
+    def spliced(self) -> tuple[int, ...]:
+        """The end of the query that fits into half of the anchor."""
+        if self.star or not self.has_anchor:
+            return ()
+        room = min(len(self.query), self.anchor_len // 2)
+        return self.query[len(self.query) - room :]
+
+    @property
+    def shown_len(self) -> int:
+        """Context tokens in the anchor."""
+        if not self.has_anchor:
+            return 0
+        if self.star:
+            return self.block_lens[0]
+        return min(self.anchor_len - len(self.spliced), self.block_lens[0])
+
+    @property
+    def splice(self) -> int:
+        return min(self.prefix_len, self.shown_len)
+
+    @property
+    def anchor(self) -> tuple[int, ...]:
+        rest = self.context[self.splice : self.shown_len]
+        return (*self.context[: self.splice], *self.spliced, *rest)
+
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        """Logits ``[T, V]`` of the new tokens."""
+        rows = (*self.anchor, *self.context, *self.new_ids)
+        positions = [
+            *range(len(self.anchor)),
+            *range(len(self.context) + len(self.new_ids)),
+        ]
+        model = _model(self.model)
+        logits: Tensor = model(
+            input_ids=torch.tensor([rows]),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            statement=self,
+        ).logits[0]
+        return logits[len(self.anchor) + len(self.context) :]
+
+
+@cache
+def _model(name: str) -> PreTrainedModel:
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        load_config(model_config(name)), dtype=torch.float32, attn_implementation=IMPLEMENTATION
+    )
+    model.load_state_dict(hf_model(name).state_dict())
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _attention(
+    module: nn.Module,
+    q_BHND: Tensor,
+    k_BKND: Tensor,
+    v_BKND: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    statement: Statement,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    assert attention_mask is None
+    q_HND, k_KND, v_KND = q_BHND[0], k_BKND[0], v_BKND[0]
+    groups = q_HND.shape[0] // k_KND.shape[0]
+    outputs = []
+    for kv_head, (k_ND, v_ND) in enumerate(zip(k_KND, v_KND, strict=True)):
+        q_GND = q_HND[kv_head * groups : (kv_head + 1) * groups]
+        visible_NN = _visible(statement, q_GND, k_ND, scaling)
+        for q_ND in q_GND:
+            scores_NN = (q_ND @ k_ND.T * scaling).masked_fill(~visible_NN, float("-inf"))
+            outputs.append(scores_NN.softmax(dim=-1) @ v_ND)
+    return torch.stack(outputs, dim=1)[None], None
+
+
+def _visible(statement: Statement, q_GND: Tensor, k_ND: Tensor, scale: float) -> Tensor:
+    """Which rows see which keys for one KV head: bool ``[N, N]``."""
+    num_rows, anchor_len = k_ND.shape[0], len(statement.anchor)
+    context_stop = anchor_len + len(statement.context)
+    visible_NN = torch.zeros(num_rows, num_rows, dtype=torch.bool)
+    _see_causally(visible_NN, 0, anchor_len)
+    upstream = list(range(anchor_len))
+    start = anchor_len
+    for block_idx, length in enumerate(statement.block_lens):
+        rows = slice(start, start + length)
+        if block_idx > 0:
+            visible_NN[rows, upstream] = True
+        _see_causally(visible_NN, start, start + length)
+        if block_idx < len(statement.block_lens) - 1:
+            kept = _select(statement, block_idx, q_GND[:, rows], q_GND, k_ND[rows], scale)
+            upstream += [start + token for token in kept]
+        start += length
+    visible_NN[context_stop:, anchor_len:context_stop] = True
+    _see_causally(visible_NN, context_stop, num_rows)
+    return visible_NN
+
+
+def _see_causally(visible_NN: Tensor, start: int, stop: int) -> None:
+    for row in range(start, stop):
+        visible_NN[row, start : row + 1] = True
+
+
+def _select(
+    statement: Statement,
+    block_idx: int,
+    q_GBD: Tensor,
+    q_GND: Tensor,
+    k_BD: Tensor,
+    scale: float,
+) -> list[int]:
+    """Tokens of the block that one KV head passes on."""
+    barred = statement.shown_len if block_idx == 0 else 0
+    budget = 0 if statement.star else min(statement.passing_len, k_BD.shape[0] - barred)
+    question = range(statement.splice, statement.splice + len(statement.spliced))
+    blind = not question or (block_idx == 0 and not statement.shared)
+    q_GWD = q_GBD[:, -statement.window :] if blind else q_GND[:, list(question)]
+    if statement.compressor == "knorm":
+        scores_B = -k_BD.norm(dim=-1)
+    elif statement.compressor == "query":
+        scores_B = _pooled((q_GWD @ k_BD.T).mean(dim=(0, 1)), statement.kernel)
+    else:
+        scores_B = _pooled(_window_scores(q_GBD, k_BD, statement.window, scale), statement.kernel)
+    kept: list[int] = (scores_B[barred:].topk(budget).indices + barred).tolist()
+    return kept
+
+
+def _window_scores(q_GBD: Tensor, k_BD: Tensor, window: int, scale: float) -> Tensor:
+    length = k_BD.shape[0]
+    rows: Sequence[int] = range(max(0, length - window), length)
+    total_B = torch.zeros(length)
+    for q_BD in q_GBD:
+        for row in rows:
+            total_B[: row + 1] += (q_BD[row] @ k_BD[: row + 1].T * scale).softmax(dim=-1)
+    return total_B
+
+
+def _pooled(scores_B: Tensor, kernel: int) -> Tensor:
+    reach = kernel // 2
+    best = [
+        scores_B[max(0, token - reach) : token + reach + 1].max()
+        for token in range(scores_B.shape[0])
+    ]
+    return torch.stack(best)

@@ -1,0 +1,70 @@
+"""What ranks run in tests: one prefill and its query, and what it left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apb.attention.base import BackendConfig
+from apb.attention.sdpa import SdpaConfig
+from apb.comm import Communicator
+from apb.engine import Engine
+from apb.methods.base import MethodConfig
+from apb.prompts.base import PromptTokens
+from models import apb_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One prompt under one method, and the tokens that follow the context, split into passes."""
+
+    model: str
+    method: MethodConfig
+    prompt: PromptTokens
+    new_ids: tuple[int, ...]
+    splits: tuple[int, ...] = ()
+    """Lengths of the forward passes; empty is one pass."""
+    num_blocks: int | None = None
+    backend: BackendConfig = field(default_factory=SdpaConfig)
+    seed: int = 0
+
+
+class Outcome(NamedTuple):
+    """What one rank has after a case."""
+
+    positions_S: Tensor
+    """Cached by prefill."""
+    kv_L2KSD: Tensor
+    logits_TV: Tensor
+
+
+def run_cases(comm: Communicator, cases: Sequence[Case]) -> list[Outcome]:
+    return [_run_case(comm, case) for case in cases]
+
+
+def make_engine(comm: Communicator, case: Case) -> Engine:
+    """A prefilled engine with room for the new tokens."""
+    method = case.method.build(seed=case.seed)
+    plan = method.plan(case.prompt, world_size=comm.world_size, num_blocks=case.num_blocks)
+    engine = Engine(
+        model=apb_model(case.model), method=method, backend=case.backend.build(), comm=comm
+    )
+    engine.prefill(case.prompt, plan, room=len(case.new_ids))
+    return engine
+
+
+def _run_case(comm: Communicator, case: Case) -> Outcome:
+    model = apb_model(case.model)
+    engine = make_engine(comm, case)
+    cache = engine._cache
+    assert cache is not None
+    positions_S = cache.positions_S.clone()
+    layers = range(model.cache_shape.num_layers)
+    kv_L2KSD = torch.stack([torch.stack(cache.view(layer_idx)) for layer_idx in layers])
+    passes = torch.tensor(case.new_ids).split(list(case.splits) or [len(case.new_ids)])
+    hidden_TM = torch.cat([engine.extend(ids.tolist()) for ids in passes])
+    return Outcome(positions_S, kv_L2KSD, model.logits(hidden_TM))

@@ -1,0 +1,67 @@
+"""Guarantees of message headers: each field of a message that is not the awaited one is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from apb import comm
+from apb.comm import HEADER_BYTES, Communicator, Kind, Tag, _header
+from apb.errors import EngineDeadError
+
+TAG = Tag(step=5, layer=2, kind=Kind.ANCHOR)
+X = torch.zeros(2, 3)
+
+
+class Finished:
+    """A collective that is over."""
+
+    def wait(self) -> None: ...
+
+
+@pytest.fixture
+def receive(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
+    """What rank 0 of two makes of a gather in which rank 1's message has the given header."""
+
+    def receive(header_16: Tensor) -> Tensor:
+        def gather(received_U: Tensor, sent_U: Tensor, *, async_op: bool) -> Finished:
+            rows_2U = received_U.view(2, -1)
+            rows_2U[:] = sent_U
+            rows_2U[1, :HEADER_BYTES] = header_16.view(torch.uint8)
+            return Finished()
+
+        monkeypatch.setattr(comm, "_all_gather", gather)
+        return Communicator(0, 2, torch.device("cpu")).all_gather(X, TAG).wait()
+
+    return receive
+
+
+def test_the_awaited_header_is_accepted(receive: Callable[[Tensor], Tensor]) -> None:
+    assert torch.equal(receive(_header(TAG, 1, X)), torch.stack([X, X]))
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (_header(TAG._replace(step=4), 1, X), "anchor of step 4, layer 2, rank 1, float32 [2, 3]"),
+        (_header(TAG._replace(layer=3), 1, X), "anchor of step 5, layer 3"),
+        (_header(TAG._replace(kind=Kind.PARTIAL), 1, X), "partial of step 5"),
+        (_header(TAG, 0, X), "anchor of step 5, layer 2, rank 0"),
+        (_header(TAG, 1, X.mT), "float32 [3, 2]"),
+        (_header(TAG, 1, X.flatten()), "float32 [6]"),
+        (_header(TAG, 1, X.to(torch.bfloat16)), "bfloat16 [2, 3]"),
+        (torch.zeros(HEADER_BYTES // 8, dtype=torch.int64), "bytes that are no apb message"),
+    ],
+    ids=["step", "layer", "kind", "source", "shape", "dim", "dtype", "magic"],
+)
+def test_any_other_header_is_an_error_that_names_both_messages(
+    receive: Callable[[Tensor], Tensor], header: Tensor, words: str
+) -> None:
+    with pytest.raises(EngineDeadError) as error:
+        receive(header)
+    waited, _, received = str(error.value).partition("and received")
+    assert "rank 0 waited for anchor of step 5, layer 2, rank 1, float32 [2, 3]" in waited
+    assert words in received
