@@ -38,7 +38,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, nargs="+", default=[3], help="one number, or one for each length"
+    )
     parser.add_argument("--out", type=Path, default=REPORTS)
     parser.add_argument(
         "--override", action="append", default=[], help="for all variants, as model.path=/a/folder"
@@ -88,8 +90,9 @@ def run(args: argparse.Namespace) -> Path:
     bench = Bench(args.model, [*shared, f"dtype={args.dtype}"], sizes)
     runs: list[Run] = []
     path: Path = args.out
-    for length in args.lengths:
-        for repeat in range(args.repeats):
+    repeats = args.repeats * len(args.lengths) if len(args.repeats) == 1 else args.repeats
+    for length, times in zip(args.lengths, repeats, strict=True):
+        for repeat in range(times):
             document, question = _prompt(vocab_size, length, seed=repeat)
             for variant in variants:
                 runs.append(bench.run(variant, document, question, repeat=repeat))
