@@ -8,6 +8,7 @@ dtype, shape) and the receiver compares it with what it waits for.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,6 +21,7 @@ from torch import Tensor
 from apb.errors import EngineDeadError
 
 HEADER_BYTES = 128
+_HEADER = struct.Struct("=16q")
 _MAGIC = 0x41504231
 # torch 2.13 renamed it and warns on every call of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -65,7 +67,9 @@ class Communicator:
     world_size: int
     device: torch.device
     bytes_received: int = 0
-    _unverified: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    defer_checks: bool = False
+    """Leave the headers to `verify` instead of looking at each on arrival."""
+    _unverified: list[tuple[list[tuple[int, ...]], Tensor]] = field(default_factory=list)
 
     def all_gather(self, x: Tensor, tag: Tag) -> Pending:
         """Every rank's `x`, stacked in rank order: ``[R, *x.shape]``; the same shape everywhere."""
@@ -93,8 +97,10 @@ class Communicator:
         if self.world_size == 1:
             return list(values)
         x = torch.tensor(values, dtype=torch.int64, device=self.device)
-        received: list[int] = self.broadcast(x, tag, src=src).wait().tolist()
-        return received
+        received = self.broadcast(x, tag, src=src).wait()
+        self.verify()
+        result: list[int] = received.tolist()
+        return result
 
     def all_gather_json(self, value: Any, tag: Tag) -> list[Any]:
         """Every rank's JSON value, in rank order. Not pickle: peers are not trusted with code."""
@@ -102,13 +108,16 @@ class Communicator:
             return [value]
         text_U = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([text_U.numel()], dtype=torch.int64, device=self.device)
-        sizes_R = self.all_gather(size, tag).wait().flatten().tolist()
+        sizes = self.all_gather(size, tag).wait()
+        self.verify()
+        sizes_R: list[int] = sizes.flatten().tolist()
         padded_U = torch.zeros(max(sizes_R), dtype=torch.uint8, device=self.device)
         padded_U[: text_U.numel()] = text_U.to(self.device)
-        texts_RU = self.all_gather(padded_U, tag).wait().cpu()
+        texts_RU = self.all_gather(padded_U, tag).wait()
+        self.verify()
         return [
             json.loads(bytes(text_U[:size].tolist()))
-            for text_U, size in zip(texts_RU, sizes_R, strict=True)
+            for text_U, size in zip(texts_RU.cpu(), sizes_R, strict=True)
         ]
 
     def _pack(self, x: Tensor, tag: Tag, *, payload: bool = True) -> Tensor:
@@ -117,7 +126,11 @@ class Communicator:
         buffer_U = torch.empty(
             HEADER_BYTES + -(-nbytes // 16) * 16, dtype=torch.uint8, device=self.device
         )
-        buffer_U[:HEADER_BYTES] = _header(tag, self.rank, x).view(torch.uint8).to(self.device)
+        packed = _HEADER.pack(*_fields(tag, self.rank, x))
+        header_U = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+        if self.device.type == "cuda":  # from pageable memory the copy would stall the stream
+            header_U = header_U.pin_memory()
+        buffer_U[:HEADER_BYTES].copy_(header_U, non_blocking=True)
         if payload:
             _payload(buffer_U[None], x)[0].copy_(x)
         return buffer_U
@@ -134,34 +147,37 @@ class Communicator:
         work.wait()
         others = sum(source != self.rank for source in sources)
         self.bytes_received += others * sent_U.numel()
-        expected_R16 = torch.stack([_header(tag, source, like) for source in sources])
-        self._unverified.append((expected_R16, received_RU[:, :HEADER_BYTES].view(torch.int64)))
-        if self.device.type == "cpu":
+        # A copy: a view would keep the whole message alive until it is checked.
+        headers_RU = received_RU[:, :HEADER_BYTES].clone()
+        self._unverified.append(([_fields(tag, source, like) for source in sources], headers_RU))
+        if not self.defer_checks:
             self.verify()
         return _payload(received_RU, like)
 
     def verify(self) -> None:
         """Check the headers of all messages received since the last call.
 
-        On the CPU this happens on arrival. On a GPU a look at a header would stall the stream, so
-        the engine asks once per forward pass, before any result of it leaves the rank.
+        Where checks are not deferred this happens on arrival. On a GPU a look at a header would
+        stall the stream, so the engine asks once per forward pass, before any result leaves the
+        rank; control messages are always checked before they are used.
 
         Raises:
             EngineDeadError: a message is not the one that was waited for.
         """
         if not self._unverified:
             return
-        expected_N16 = torch.cat([expected for expected, _ in self._unverified])
-        received_N16 = torch.cat([received for _, received in self._unverified]).cpu()
+        expected = [fields for message, _ in self._unverified for fields in message]
+        received_NU = torch.cat([headers_RU for _, headers_RU in self._unverified])
         self._unverified.clear()
-        for expected_16, received_16 in zip(expected_N16, received_N16, strict=True):
-            if not torch.equal(expected_16, received_16):
-                raise EngineDeadError(_mismatch(self.rank, expected_16, received_16))
+        for wanted, fields in zip(expected, received_NU.view(torch.int64).tolist(), strict=True):
+            if wanted != tuple(fields):
+                raise EngineDeadError(_mismatch(self.rank, wanted, fields))
 
 
-def _header(tag: Tag, source: int, x: Tensor) -> Tensor:
-    fields = [_MAGIC, *tag, source, _DTYPES.index(x.dtype), x.dim(), *x.shape]
-    return torch.tensor(fields + [0] * (HEADER_BYTES // 8 - len(fields)), dtype=torch.int64)
+def _fields(tag: Tag, source: int, x: Tensor) -> tuple[int, ...]:
+    """The header of a message: 16 integers, the last ones the shape and zeros."""
+    fields = (_MAGIC, *tag, source, _DTYPES.index(x.dtype), x.dim(), *x.shape)
+    return fields + (0,) * (HEADER_BYTES // 8 - len(fields))
 
 
 def _payload(buffer_RU: Tensor, like: Tensor) -> Tensor:
@@ -169,9 +185,9 @@ def _payload(buffer_RU: Tensor, like: Tensor) -> Tensor:
     return flat_RN.unflatten(1, like.shape) if like.dim() else flat_RN[:, 0]
 
 
-def _mismatch(rank: int, expected_16: Tensor, received_16: Tensor) -> str:
-    def describe(header_16: Tensor) -> str:
-        magic, step, layer, kind, source, dtype, dim, *shape = header_16.tolist()
+def _mismatch(rank: int, expected: Sequence[int], received: Sequence[int]) -> str:
+    def describe(fields: Sequence[int]) -> str:
+        magic, step, layer, kind, source, dtype, dim, *shape = fields
         if magic != _MAGIC:
             return "bytes that are no apb message"
         name = Kind(kind).name.lower() if kind in set(Kind) else f"kind {kind}"
@@ -179,6 +195,6 @@ def _mismatch(rank: int, expected_16: Tensor, received_16: Tensor) -> str:
         return f"{name} of step {step}, layer {layer}, rank {source}, {element} {shape[:dim]}"
 
     return (
-        f"rank {rank} waited for {describe(expected_16)} and received {describe(received_16)}: "
+        f"rank {rank} waited for {describe(expected)} and received {describe(received)}: "
         "a rank skipped or repeated a collective"
     )

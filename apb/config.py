@@ -116,6 +116,8 @@ class RunConfig:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("launcher", self.launcher, ("auto", "local", "torchrun"))
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         for name in ("num_blocks", "world_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

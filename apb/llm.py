@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -206,7 +207,14 @@ def _ask_arguments(
 
 
 def _plain(tokens: Tokens) -> str | list[int]:
-    return tokens if isinstance(tokens, str) else [int(token) for token in tokens]
+    if isinstance(tokens, str):
+        return tokens
+    try:
+        if isinstance(tokens, bytes | bytearray):
+            raise TypeError("bytes have to be decoded to str first")
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise InputError(f"neither text nor a flat list of token ids: {error}") from error
 
 
 def _result(replies: Iterator[dict[str, Any]]) -> Any:

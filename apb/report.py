@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -18,12 +19,13 @@ from apb.prompts.base import PromptTokens
 class RequestMeter:
     """Times, bytes and memory from its creation on."""
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, *, prepared_s: float) -> None:
+        """`prepared_s` seconds of the request have passed already; loading is not among them."""
         self._comm = comm
         self._memory = PeakMemory(comm.device)
         self._memory.reset()
         self._bytes_before = comm.bytes_received
-        self.timeline = Timeline(comm.device)
+        self.timeline = Timeline(comm.device, started=time.perf_counter() - prepared_s)
         self.ttft_s = 0.0
 
     def first_token(self) -> None:
@@ -62,11 +64,18 @@ class RequestMeter:
             bytes_exchanged=[rank["bytes"] for rank in ranks],
             peak_memory_bytes=[rank["peak_memory"] for rank in ranks],
             acceptance_length=1.0,
-            versions={name: version(name) for name in ("apb", "torch", "transformers")},
+            versions={name: _version(name) for name in ("apb", "torch", "transformers")},
             device=device_name(self._comm.device),
             dtype=str(dtype).removeprefix("torch."),
             notes=list(plan.notes),
         )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # apb itself, run from a checkout that is not installed
+        return "not installed"
 
 
 def rank_layout(plan: PrefillPlan, rank: int) -> RankLayout:

@@ -40,8 +40,10 @@ def main(arguments: Sequence[str]) -> int:
             compose_config(overrides)
         _run_hydra(overrides, rank)
     except ApbError as error:
-        if rank == 0:
-            print(f"apb: {error}", file=sys.stderr)  # noqa: T201
+        # Bad input is found by every rank alike, and said once.
+        if rank == 0 or not isinstance(error, InputError):
+            who = f"apb: rank {rank}" if rank else "apb"
+            print(f"{who}: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -74,7 +76,7 @@ def _answer() -> None:
     if is_first:
         log_to_file(folder / "run.log")
     config = compose_config(overrides)
-    output_path = _output_path(config, folder)
+    output_path = _output_path(config, folder) if is_first else folder
     with closing(LLM.from_overrides(overrides)) as llm:
         prompt = config.prompt.load(llm.make_needle, seed=config.seed)
         params = config.decode.sampling_params(seed=config.seed)

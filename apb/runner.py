@@ -6,11 +6,14 @@ the same requests in the same order and yields the same replies.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from apb.comm import Communicator
+from apb.comm import Communicator, Kind, Tag
 from apb.config import RunConfig, plugin_name
 from apb.engine import Engine, Step
 from apb.errors import InputError
@@ -29,6 +32,7 @@ from apb.report import RequestMeter
 from apb.sampling import SamplingParams
 
 Reply = dict[str, Any]
+T = TypeVar("T")
 
 
 class RequestRunner:
@@ -60,7 +64,7 @@ class RequestRunner:
             RequestError: the request failed while it ran, on every rank.
         """
         if op == "load":
-            self.engine()
+            self._together(op, self._load)
             yield {"result": None}
         elif op == "needle":
             case = make_needle(self._count_tokens, **arguments)
@@ -78,7 +82,27 @@ class RequestRunner:
         """Whether this rank's replies are the ones to pass on."""
         return self._comm.rank == OWNER
 
-    def engine(self) -> Engine:
+    def _together(self, request: object, prepare: Callable[[], T]) -> T:
+        """`prepare` on every rank; all ranks raise unless all succeed, and on the same request.
+
+        What can fail on one rank alone, such as reading weights, belongs in `prepare`: a rank that
+        failed later would leave the others waiting for it.
+        """
+        result, cause = None, None
+        try:
+            result = prepare()
+        except InputError as error:
+            cause = str(error)
+        digest = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+        tag = Tag(0, 0, Kind.REPORT)
+        for rank, (theirs, failure) in enumerate(self._comm.all_gather_json([digest, cause], tag)):
+            if failure is not None:
+                raise InputError(failure if cause == failure else f"rank {rank}: {failure}")
+            if theirs != digest:
+                raise InputError(f"rank {rank} was given another request than this rank")
+        return cast(T, result)
+
+    def _load(self) -> Engine:
         """The engine; the first call loads the weights."""
         if self._engine is None:
             model = CausalLM.load(self._config.model, dtype=self._dtype, device=self._comm.device)
@@ -99,18 +123,27 @@ class RequestRunner:
         params: dict[str, Any],
         is_cancelled: Callable[[], bool],
     ) -> Generator[Reply, None, None]:
-        sampling = SamplingParams(**params)
-        prompt = build_prompt(
-            self._tokenizer,
-            document,
-            question,
-            template=self._config.model.template,
-            user_template=self._config.model.user_template,
-        )
-        sampling = replace(sampling, max_tokens=self._room(prompt, sampling.max_tokens))
-        plan = self._plan(prompt)
-        engine = self.engine()
-        meter = RequestMeter(self._comm)
+        begin = time.perf_counter()
+        prepared_s = 0.0
+
+        def prepare() -> tuple[Engine, PromptTokens, PrefillPlan, SamplingParams]:
+            nonlocal prepared_s
+            prompt = build_prompt(
+                self._tokenizer,
+                document,
+                question,
+                template=self._config.model.template,
+                user_template=self._config.model.user_template,
+            )
+            sampling = SamplingParams(**params)
+            sampling = replace(sampling, max_tokens=self._room(prompt, sampling.max_tokens))
+            plan = self._plan(prompt)
+            prepared_s = time.perf_counter() - begin
+            return self._load(), prompt, plan, sampling
+
+        request = [document, question, params]
+        engine, prompt, plan, sampling = self._together(request, prepare)
+        meter = RequestMeter(self._comm, prepared_s=prepared_s)
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
             with meter.timeline.phase("prefill"):
@@ -180,17 +213,21 @@ class RequestRunner:
         continuation: str | list[int],
         query: str | list[int] | None,
     ) -> list[float]:
-        document_ids = self._raw_ids(document, "document", at_start=True)
-        targets = self._raw_ids(continuation, "continuation")
-        steer = [] if query is None else self._raw_ids(query, "query")
-        if len(document_ids) < 2:
-            raise InputError("the document has one token and logprobs needs at least two")
-        # The last document token is the first row that predicts; what precedes it is the context.
-        prompt = PromptTokens((), tuple(document_ids[:-1]), tuple(steer))
-        rows = [document_ids[-1], *targets[:-1]]
-        self._check_length(len(document_ids) + len(targets) - 1, len(targets), "continuation")
-        plan = self._plan(prompt)
-        engine = self.engine()
+        def prepare() -> tuple[Engine, PromptTokens, PrefillPlan, list[int], list[int]]:
+            document_ids = self._raw_ids(document, "document", at_start=True)
+            targets = self._raw_ids(continuation, "continuation")
+            steer = [] if query is None else self._raw_ids(query, "query")
+            if len(document_ids) < 2:
+                raise InputError("the document has one token and logprobs needs at least two")
+            length = len(document_ids) + len(targets) - 1
+            self._check_length(length, len(targets) - 1, "continuation")
+            # The last document token is the first row that predicts; the context precedes it.
+            prompt = PromptTokens((), tuple(document_ids[:-1]), tuple(steer))
+            rows = [document_ids[-1], *targets[:-1]]
+            return self._load(), prompt, self._plan(prompt), rows, targets
+
+        request = [document, continuation, query]
+        engine, prompt, plan, rows, targets = self._together(request, prepare)
         try:
             engine.prefill(prompt, plan, room=len(rows))
             return engine.logprobs(rows, targets)

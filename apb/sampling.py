@@ -48,6 +48,8 @@ class SamplingParams:
             raise InputError(f"top_p={self.top_p} must lie above 0 and at most at 1")
         if self.top_k < 0:
             raise InputError(f"top_k={self.top_k} must be 0 (all tokens) or positive")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         if "" in self.stop:
             raise InputError("stop contains an empty string, which would end every answer at once")
 

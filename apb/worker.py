@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,7 +23,9 @@ from apb.log import configure_logging
 from apb.methods.decode import OWNER
 from apb.runner import RequestRunner
 
-_LOG = logging.getLogger("apb")
+_PARENT_CHECK_S = 1.0
+_COLLECTIVE_TIMEOUT = timedelta(hours=6)
+"""Idle ranks wait out whole prefills; that a peer is gone shows at once, by its connection."""
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -35,10 +39,11 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     available = torch.cuda.device_count()
     if available == 0:
         raise InputError("device=cuda but torch finds no GPU here: set device=cpu")
-    if local_rank >= available:
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if ranks_here > available:  # asked on every rank, so that all of them fail alike
         raise InputError(
-            f"rank {local_rank} of this machine has no GPU ({available} found): start at most "
-            f"{available} ranks here or set device=cpu"
+            f"{ranks_here} ranks on this machine but {available} GPUs: start at most {available} "
+            "ranks here or set device=cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -59,15 +64,18 @@ def join_group(
             init_method=init_method,
             rank=rank,
             world_size=world_size,
+            timeout=_COLLECTIVE_TIMEOUT,
         )
         leave = dist.destroy_process_group
-    return Communicator(rank, world_size, device), leave
+    deferred = device.type == "cuda"
+    return Communicator(rank, world_size, device, defer_checks=deferred), leave
 
 
 def main() -> int:
     """A rank of the local launcher: serve requests from an inherited connection until it closes."""
     connection = Connection(int(os.environ["APB_CONNECTION"]))
     rank = int(os.environ["RANK"])
+    threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         _serve(connection, rank, int(os.environ["WORLD_SIZE"]))
     except (EOFError, BrokenPipeError):
@@ -81,6 +89,14 @@ def main() -> int:
         _send(connection, {"error": cause, "kind": EngineDeadError.__name__})
         return 1
     return 0
+
+
+def _follow_parent() -> None:
+    """End with the driver, also where it was killed while this rank computes."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_S)
+    os._exit(1)
 
 
 def _serve(connection: Connection, rank: int, world_size: int) -> None:

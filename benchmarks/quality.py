@@ -40,7 +40,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 7168])
     parser.add_argument(
-        "--samples", type=int, nargs="*", default=[12, 6, 2], help="per kind, one for each length"
+        "--samples", type=int, nargs="*", default=[16, 2, 2], help="per kind, one for each length"
     )
     parser.add_argument("--passages", type=int, default=8, help=f"at most {len(PASSAGES)}")
     parser.add_argument("--prose-context", type=int, default=2048, help="tokens, at most")

@@ -102,26 +102,33 @@ class AttentionBackend(ABC):
             q_HTD: all rows of the pass; GQA query head ``h`` uses key/value head ``h // G``.
             segments: may be empty; rows that no segment names keep `carry` or see nothing.
             scale: factor on the scores.
-            carry: an earlier result for the same rows over other keys; it is not changed.
+            carry: an earlier result for the same rows over other keys; it is used up.
         """
         num_heads, num_rows, head_dim = q_HTD.shape
-        if carry is None:
-            result = AttentionPartial.empty(num_rows, num_heads, head_dim, q_HTD)
-        else:
-            result = AttentionPartial(carry.out_THD.clone(), carry.lse_TH.clone())
-        for (start, stop), group in _by_rows(segments).items():
-            partials = [
-                self.attend_segment(
-                    q_HTD[:, start:stop], s.k_KSD, s.v_KSD, causal=s.causal, scale=scale
-                )
-                for s in group
-            ]
-            if carry is not None:
-                partials.insert(0, AttentionPartial(*(x[start:stop] for x in carry)))
-            merged = partials[0] if len(partials) == 1 else merge_partials(partials)
-            result.out_THD[start:stop] = merged.out_THD
-            result.lse_TH[start:stop] = merged.lse_TH
+        groups = _by_rows(segments)
+        if carry is None and list(groups) == [(0, num_rows)]:
+            return self._attend_group(q_HTD, groups[0, num_rows], scale, [])
+        result = carry or AttentionPartial.empty(num_rows, num_heads, head_dim, q_HTD)
+        for (start, stop), group in groups.items():
+            known = [] if carry is None else [AttentionPartial(*(x[start:stop] for x in carry))]
+            partial = self._attend_group(q_HTD[:, start:stop], group, scale, known)
+            result.out_THD[start:stop] = partial.out_THD
+            result.lse_TH[start:stop] = partial.lse_TH
         return result
+
+    def _attend_group(
+        self,
+        q_HTD: Tensor,
+        segments: Sequence[Segment],
+        scale: float,
+        known: list[AttentionPartial],
+    ) -> AttentionPartial:
+        """Attention of rows over segments that all of them see, merged with what is known."""
+        partials = known + [
+            self.attend_segment(q_HTD, s.k_KSD, s.v_KSD, causal=s.causal, scale=scale)
+            for s in segments
+        ]
+        return partials[0] if len(partials) == 1 else merge_partials(partials)
 
     @abstractmethod
     def attend_segment(

@@ -67,7 +67,9 @@ def _masked_attention(
     scores_HTS = q_HTD.to(dtype) @ k_HSD.to(dtype).mT * scale
     scores_HTS = scores_HTS.masked_fill(~visible_TS, float("-inf"))
     lse_HT = scores_HTS.logsumexp(dim=-1)
-    probs_HTS = (scores_HTS - lse_HT[..., None]).exp().nan_to_num()
+    # A row without a key has -inf everywhere; NaN must stay NaN, it is an error to be found.
+    peak_HT = lse_HT.masked_fill(lse_HT == float("-inf"), 0.0)
+    probs_HTS = (scores_HTS - peak_HT[..., None]).exp()
     out_HTD = probs_HTS @ v_HSD.to(dtype)
     return AttentionPartial(out_HTD.transpose(0, 1).to(q_HTD.dtype), lse_HT.mT)
 

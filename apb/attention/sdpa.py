@@ -9,6 +9,9 @@ from torch import Tensor
 
 from apb.attention.base import AttentionBackend, AttentionPartial, BackendConfig
 
+_FEW_ROWS = 32
+"""Below this the heads of a group are stacked as rows, which costs a copy of the queries."""
+
 
 class SdpaBackend(AttentionBackend):
     """CPU: ATen's flash kernel. CUDA: flash for fp16 and bf16, memory-efficient for fp32.
@@ -21,7 +24,8 @@ class SdpaBackend(AttentionBackend):
     ) -> AttentionPartial:
         if q_HTD.device.type == "cpu":
             return _cpu_flash(q_HTD, k_KSD, v_KSD, causal=causal, scale=scale)
-        if q_HTD.dtype in (torch.float16, torch.bfloat16):
+        has_flash = torch.cuda.get_device_capability(q_HTD.device) >= (8, 0)
+        if has_flash and q_HTD.dtype in (torch.float16, torch.bfloat16):
             return _cuda_flash(q_HTD, k_KSD, v_KSD, causal=causal, scale=scale)
         return _cuda_efficient(q_HTD, k_KSD, v_KSD, causal=causal, scale=scale)
 
@@ -29,24 +33,28 @@ class SdpaBackend(AttentionBackend):
 def _cpu_flash(
     q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
 ) -> AttentionPartial:
-    num_heads, num_rows, head_dim = q_HTD.shape
-    num_kv_heads, num_keys, _ = k_KSD.shape
-    groups = num_heads // num_kv_heads
-    q_KGTD = q_HTD.unflatten(0, (num_kv_heads, groups))
-    if causal:
-        # The kernel wants as many key heads as query heads; as (K, G) they are a view of stride 0.
-        shape = (num_kv_heads, groups, num_keys, head_dim)
-        keys, values = k_KSD[:, None].expand(shape), v_KSD[:, None].expand(shape)
-        queries = q_KGTD
+    q_KGTD = q_HTD.unflatten(0, (k_KSD.shape[0], -1))
+    if causal or q_KGTD.shape[2] >= _FEW_ROWS:
+        queries, keys, values = q_KGTD, *_as_batch(q_KGTD, k_KSD, v_KSD)
     else:
         # Without a mask the heads of a group are just more rows over the same keys.
         queries, keys, values = q_KGTD.flatten(1, 2)[None], k_KSD[None], v_KSD[None]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, 0.0, causal, scale=scale
     )
+    out_KGTD, lse_KGT = out.reshape(q_KGTD.shape), lse.reshape(q_KGTD.shape[:3])
+    return _ungrouped(out_KGTD, lse_KGT)
+
+
+def _as_batch(q_KGTD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as ``[K, G, S, D]``: key heads as the batch, a group's heads of stride 0."""
+    groups = q_KGTD.shape[1]
+    return k_KSD[:, None].expand(-1, groups, -1, -1), v_KSD[:, None].expand(-1, groups, -1, -1)
+
+
+def _ungrouped(out_KGTD: Tensor, lse_KGT: Tensor) -> AttentionPartial:
     return AttentionPartial(
-        out.reshape(num_heads, num_rows, head_dim).transpose(0, 1),
-        lse.reshape(num_heads, num_rows).mT,
+        out_KGTD.permute(2, 0, 1, 3).flatten(1, 2), lse_KGT.permute(2, 0, 1).flatten(1)
     )
 
 
@@ -62,14 +70,13 @@ def _cuda_flash(
 def _cuda_efficient(
     q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
 ) -> AttentionPartial:
-    groups = q_HTD.shape[0] // k_KSD.shape[0]
-    k_HSD = k_KSD.repeat_interleave(groups, dim=0)
-    v_HSD = v_KSD.repeat_interleave(groups, dim=0)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q_HTD[None], k_HSD[None], v_HSD[None], None, True, 0.0, causal, scale=scale
+    q_KGTD = q_HTD.unflatten(0, (k_KSD.shape[0], -1))
+    k_KGSD, v_KGSD = _as_batch(q_KGTD, k_KSD, v_KSD)
+    out_KGTD, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q_KGTD, k_KGSD, v_KGSD, None, True, 0.0, causal, scale=scale
     )
     # This kernel pads its log-sum-exps to a multiple of 32 rows.
-    return AttentionPartial(out[0].transpose(0, 1), lse[0, :, : q_HTD.shape[1]].mT)
+    return _ungrouped(out_KGTD, lse[:, :, : q_HTD.shape[1]])
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,7 +19,7 @@ class RandomCompressor(Compressor):
     def score(self, block: BlockView) -> Tensor:
         # Drawn on the CPU: a device's own generator would keep other tokens than another device's.
         stream = (self._seed * 1_000_003 + block.layer_idx) * 1_000_003 + block.block_idx
-        generator = torch.Generator().manual_seed(stream)
+        generator = torch.Generator().manual_seed(stream % 2**63)
         scores_KS = torch.rand(block.k_KSD.shape[:2], generator=generator)
         return scores_KS.to(block.k_KSD.device)
 

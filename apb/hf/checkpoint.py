@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from apb.errors import InputError
+from apb.hf.gguf import check_gguf_support
 from apb.model_config import ModelConfig
 from apb.paths import model_home
 
@@ -37,6 +38,7 @@ class Checkpoint:
         if given.suffix == ".gguf":
             if not given.is_file():
                 raise InputError(f"model.path={config.path} is no file")
+            check_gguf_support()
             return cls(str(given.parent), {**options, "gguf_file": given.name}, given)
         for folder in (given, model_home() / config.path):
             if config.path and folder.is_dir():

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from transformers.utils.import_utils import is_accelerate_available, is_gguf_available
 
-from apb.errors import ApbError
+from apb.errors import InputError
 
 
 def check_gguf_support() -> None:
-    """Raises ApbError where the packages that read GGUF are missing."""
+    """Raises InputError where the packages that read GGUF are missing."""
     if not (is_gguf_available() and is_accelerate_available()):
-        raise ApbError("reading a GGUF file needs two more packages: pip install gguf accelerate")
+        raise InputError("reading a GGUF file needs two more packages: pip install gguf accelerate")
 
 
 def convert_gguf(gguf_path: Path, out_dir: Path) -> None:

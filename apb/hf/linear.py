@@ -16,10 +16,11 @@ CHUNK_ROWS = 1024
 
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices at least as fast as fp32 ones."""
-    if device.type != "cpu":
-        return True
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    get = getattr(torch.cpu, "get_capabilities", None)  # older torch does not tell: assume not
+    capabilities = {} if get is None else get()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_tile", "bf16"))
 
 
 class WideLinears(TorchFunctionMode):

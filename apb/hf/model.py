@@ -69,9 +69,9 @@ class CausalLM:
             return cls(_random_model(hf_config, config.weights_seed, dtype), device)
         checkpoint = Checkpoint.find(config)
         transformers_logging.disable_progress_bar()
-        if checkpoint.gguf is not None:
-            return cls(load_gguf_model(checkpoint.gguf, dtype), device)
         try:
+            if checkpoint.gguf is not None:
+                return cls(load_gguf_model(checkpoint.gguf, dtype), device)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.location,
                 **checkpoint.options,
@@ -79,7 +79,7 @@ class CausalLM:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot load {checkpoint.location}: {reason}") from error
         model, report = loaded

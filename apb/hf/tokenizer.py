@@ -37,10 +37,12 @@ def stop_ids(
 ) -> frozenset[int]:
     """Every token that the model's own files name as an end."""
     named: list[int | list[int] | None] = [hf_config.eos_token_id, tokenizer.eos_token_id]
-    if config.architecture is None:
-        checkpoint = Checkpoint.find(config)
+    checkpoint = None if config.architecture is not None else Checkpoint.find(config)
+    if checkpoint is not None and checkpoint.gguf is None:
         try:
-            generation = GenerationConfig.from_pretrained(checkpoint.location)
+            generation = GenerationConfig.from_pretrained(
+                checkpoint.location, revision=config.revision or "main"
+            )
         except OSError:  # the file is optional
             pass
         else:

@@ -34,6 +34,7 @@ class LocalSession(Session):
         self._folder = tempfile.mkdtemp(prefix="apb-")
         self._ranks = [_start_rank(rank, world_size) for rank in range(world_size)]
         self._cause: str | None = None
+        self._busy = False
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._folder)
         hello = {
             "overrides": list(overrides),
@@ -50,7 +51,7 @@ class LocalSession(Session):
         if self._cause is not None:
             raise EngineDeadError(self._cause)
         self._send({"op": op, "arguments": arguments})
-        finished = False
+        finished, self._busy = False, True
         try:
             while not finished:
                 try:
@@ -63,13 +64,13 @@ class LocalSession(Session):
         finally:
             if not finished and self._cause is None:
                 self._cancel()
+            self._busy = False
 
     def close(self) -> None:
         if self._finalizer.alive and self._cause is None:
             self._cause = "the engine was closed"
-            for _, connection in self._ranks:
-                _post(connection, {"op": "exit"})
-            for process, _ in self._ranks:
+            self._send({"op": "exit"})
+            for process, _ in () if self._busy else self._ranks:
                 try:
                     process.wait(_EXIT_S)
                 except subprocess.TimeoutExpired:
@@ -78,20 +79,27 @@ class LocalSession(Session):
 
     def _cancel(self) -> None:
         """End a request whose caller has stopped listening, and drop what it still says."""
-        _post(self._ranks[0][1], {"op": "cancel"})
+        _post(self._ranks[0][1], json.dumps({"op": "cancel"}).encode())
         try:
             while "result" not in self._next_reply():
                 pass
         except (InputError, RequestError):
             pass
+        except KeyboardInterrupt:  # who asks again must not get this request's replies
+            self._stop("the engine was stopped while a request was being cancelled")
+            raise
 
     def _send(self, message: dict[str, Any]) -> None:
+        encoded = json.dumps(message).encode()
         for _, connection in self._ranks:
-            _post(connection, message)
+            _post(connection, encoded)
 
     def _next_reply(self) -> dict[str, Any]:
         """Rank 0's next message. The others only speak, or end, when they fail."""
-        ready = wait([connection for _, connection in self._ranks])
+        try:
+            ready = wait([connection for _, connection in self._ranks])
+        except (OSError, ValueError):  # another thread has closed the session
+            raise EngineDeadError(self._cause or "the engine was closed") from None
         # The others first: where one has failed, rank 0 merely reports that it went away.
         return self._read(
             max(rank for rank, (_, connection) in enumerate(self._ranks) if connection in ready)
@@ -111,9 +119,12 @@ class LocalSession(Session):
         self._die(message["error"])
 
     def _die(self, cause: str) -> NoReturn:
+        self._stop(cause)
+        raise EngineDeadError(cause)
+
+    def _stop(self, cause: str) -> None:
         self._cause = cause
         self._finalizer()
-        raise EngineDeadError(cause)
 
     def _exit_code(self, rank: int) -> str:
         try:
@@ -133,6 +144,7 @@ def _start_rank(rank: int, world_size: int) -> Rank:
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
         "APB_CONNECTION": str(theirs.fileno()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
@@ -149,10 +161,10 @@ def _start_rank(rank: int, world_size: int) -> Rank:
     return process, ours
 
 
-def _post(connection: Connection, message: dict[str, Any]) -> None:
+def _post(connection: Connection, encoded: bytes) -> None:
     """Send if anyone is there; that a rank is gone shows when its reply is awaited."""
     try:
-        connection.send_bytes(json.dumps(message).encode())
+        connection.send_bytes(encoded)
     except OSError:
         return
 

@@ -43,9 +43,10 @@ class ContextExchange:
         size = head_dim * (
             2 * kv_heads * len(self._plan.anchor) + num_heads * self._plan.anchor.query_len
         )
-        message = layer.k_KTD.new_empty(size)
         source = self._plan.layout.blocks[0].rank
-        if self._comm.rank == source:
+        is_source = self._comm.rank == source
+        message = layer.k_KTD.new_empty(size, device=None if is_source else "meta")
+        if is_source:
             for part, tensor in zip(self._split_anchor(message, layer), anchor, strict=True):
                 part.copy_(tensor)
         tag = Tag(self._step, layer.layer_idx, Kind.ANCHOR)
@@ -67,7 +68,7 @@ class ContextExchange:
         layout = self._plan.layout
         most_blocks = max(len(layout.owned_by(rank)) for rank in range(layout.world_size))
         kv_heads, _, head_dim = layer.k_KTD.shape
-        message_2NKPD = layer.k_KTD.new_zeros((2, most_blocks, kv_heads, longest, head_dim))
+        message_2NKPD = layer.k_KTD.new_empty((2, most_blocks, kv_heads, longest, head_dim))
         for slot, (k_KPD, v_KPD) in enumerate(passing):
             message_2NKPD[0, slot, :, : k_KPD.shape[1]] = k_KPD
             message_2NKPD[1, slot, :, : v_KPD.shape[1]] = v_KPD

@@ -130,7 +130,7 @@ def cut_context(
     wanted = num_blocks or world_size
     if count == wanted:
         return layout, ()
-    return layout, (
-        f"{context_len} context tokens fill {count} of {wanted} blocks (method.min_block_len): "
-        "ranks without a block idle during prefill and still take part in decoding",
-    )
+    reason = "every block needs a token" if num_blocks else f"method.min_block_len={min_block_len}"
+    idle = max(0, world_size - count)
+    note = f"{context_len} context tokens fill {count} of {wanted} blocks ({reason})"
+    return layout, (f"{note}: {idle} ranks only take part in decoding" if idle else note,)

@@ -68,3 +68,13 @@ def _run_case(comm: Communicator, case: Case) -> Outcome:
     passes = torch.tensor(case.new_ids).split(list(case.splits) or [len(case.new_ids)])
     hidden_TM = torch.cat([engine.extend(ids.tolist()) for ids in passes])
     return Outcome(positions_S, kv_L2KSD, model.logits(hidden_TM))
+
+
+def run_rewound(comm: Communicator, case: Case) -> tuple[Tensor, Tensor]:
+    """Hidden states of the new tokens, and again after other tokens were read and forgotten."""
+    engine = make_engine(comm, case)
+    first_TM = engine.extend(case.new_ids)
+    engine.rewind(len(case.new_ids))
+    engine.extend(case.new_ids[::-1])
+    engine.rewind(len(case.new_ids))
+    return first_TM, engine.extend(case.new_ids)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from apb.attention.reference import ReferenceConfig
 from apb.compress.base import CompressorConfig
@@ -25,7 +26,7 @@ from apb.methods.star import StarConfig
 from models import NAMES, hf_keys_values, hf_logits, random_ids
 from rank_pool import RankPool
 from ranks.cases import WORLD_SIZES, in_order, logits, make_prompt, max_diff, outcomes
-from ranks.programs import Case
+from ranks.programs import Case, run_rewound
 
 LOGPROB_TOLERANCE = 1e-3
 KV_TOLERANCE = 1e-4
@@ -192,3 +193,9 @@ def test_backends_agree(pool_of: PoolOf, world_size: int) -> None:
     pairs = zip(cases, logits(pool, cases), logits(pool, reference), strict=True)
     for this, sdpa_TV, reference_TV in pairs:
         assert max_diff(sdpa_TV, reference_TV) < SAME, this
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_rewound_tokens_leave_no_trace(pool_of: PoolOf, world_size: int) -> None:
+    for first_TM, again_TM in pool_of(world_size).run(run_rewound, case(*LOSSY[0])):
+        assert torch.equal(first_TM, again_TM)

@@ -149,18 +149,27 @@ def test_backends_are_as_exact_as_plain_attention_on_a_gpu(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_carry_continues_an_earlier_result_and_is_left_alone(name: str) -> None:
+def test_carry_continues_an_earlier_result(name: str) -> None:
     backend = BACKENDS[name]
     q_HTD = draw_rows(24, 16, 2)
     spans = [(0, 10, None), (12, 24, None), (0, 10, 7), (12, 24, 9)]
     segments = draw_segments(spans, 16)
     carry = backend.attend(q_HTD, segments[:2], scale=0.25)
-    before = [x.clone() for x in carry]
-    found = backend.attend(q_HTD, segments[2:], scale=0.25, carry=carry)
+    before = AttentionPartial(*(x.clone() for x in carry))
+    assert_close(backend.attend(q_HTD, [], scale=0.25, carry=carry), before)
+    found = backend.attend(q_HTD, segments[2:], scale=0.25, carry=before)
     whole = ReferenceBackend().attend(q_HTD, segments, scale=0.25)
     assert_close(found, whole)
-    assert all(torch.equal(a, b) for a, b in zip(carry, before, strict=True))
-    assert_close(backend.attend(q_HTD, [], scale=0.25, carry=carry), carry)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_key_that_is_not_a_number_shows_in_the_rows_that_see_it(name: str) -> None:
+    q_HTD = draw_rows(24, 16, 2)
+    segments = draw_segments([(0, 10, 7), (10, 24, 9)], 16)
+    segments[0].k_KSD[0, 3] = float("nan")
+    found = BACKENDS[name].attend(q_HTD, segments, scale=0.25)
+    assert found.out_THD[:10, 0].isnan().all()
+    assert found.out_THD[10:].isfinite().all()
 
 
 @given(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from apb import comm
-from apb.comm import HEADER_BYTES, Communicator, Kind, Tag, _header
+from apb.comm import HEADER_BYTES, Communicator, Kind, Tag, _fields
 from apb.errors import EngineDeadError
 
 TAG = Tag(step=5, layer=2, kind=Kind.ANCHOR)
 X = torch.zeros(2, 3)
+
+Receive = Callable[[Sequence[int]], Tensor]
 
 
 class Finished:
@@ -23,14 +25,14 @@ class Finished:
 
 
 @pytest.fixture
-def receive(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
+def receive(monkeypatch: pytest.MonkeyPatch) -> Receive:
     """What rank 0 of two makes of a gather in which rank 1's message has the given header."""
 
-    def receive(header_16: Tensor) -> Tensor:
+    def receive(header: Sequence[int]) -> Tensor:
         def gather(received_U: Tensor, sent_U: Tensor, *, async_op: bool) -> Finished:
             rows_2U = received_U.view(2, -1)
             rows_2U[:] = sent_U
-            rows_2U[1, :HEADER_BYTES] = header_16.view(torch.uint8)
+            rows_2U[1, :HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             return Finished()
 
         monkeypatch.setattr(comm, "_all_gather", gather)
@@ -39,29 +41,48 @@ def receive(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
     return receive
 
 
-def test_the_awaited_header_is_accepted(receive: Callable[[Tensor], Tensor]) -> None:
-    assert torch.equal(receive(_header(TAG, 1, X)), torch.stack([X, X]))
+def test_the_awaited_header_is_accepted(receive: Receive) -> None:
+    assert torch.equal(receive(_fields(TAG, 1, X)), torch.stack([X, X]))
 
 
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (_header(TAG._replace(step=4), 1, X), "anchor of step 4, layer 2, rank 1, float32 [2, 3]"),
-        (_header(TAG._replace(layer=3), 1, X), "anchor of step 5, layer 3"),
-        (_header(TAG._replace(kind=Kind.PARTIAL), 1, X), "partial of step 5"),
-        (_header(TAG, 0, X), "anchor of step 5, layer 2, rank 0"),
-        (_header(TAG, 1, X.mT), "float32 [3, 2]"),
-        (_header(TAG, 1, X.flatten()), "float32 [6]"),
-        (_header(TAG, 1, X.to(torch.bfloat16)), "bfloat16 [2, 3]"),
-        (torch.zeros(HEADER_BYTES // 8, dtype=torch.int64), "bytes that are no apb message"),
+        (_fields(TAG._replace(step=4), 1, X), "anchor of step 4, layer 2, rank 1, float32 [2, 3]"),
+        (_fields(TAG._replace(layer=3), 1, X), "anchor of step 5, layer 3"),
+        (_fields(TAG._replace(kind=Kind.PARTIAL), 1, X), "partial of step 5"),
+        (_fields(TAG, 0, X), "anchor of step 5, layer 2, rank 0"),
+        (_fields(TAG, 1, X.mT), "float32 [3, 2]"),
+        (_fields(TAG, 1, X.flatten()), "float32 [6]"),
+        (_fields(TAG, 1, X.to(torch.bfloat16)), "bfloat16 [2, 3]"),
+        ([0] * (HEADER_BYTES // 8), "bytes that are no apb message"),
     ],
     ids=["step", "layer", "kind", "source", "shape", "dim", "dtype", "magic"],
 )
 def test_any_other_header_is_an_error_that_names_both_messages(
-    receive: Callable[[Tensor], Tensor], header: Tensor, words: str
+    receive: Receive, header: Sequence[int], words: str
 ) -> None:
     with pytest.raises(EngineDeadError) as error:
         receive(header)
     waited, _, received = str(error.value).partition("and received")
     assert "rank 0 waited for anchor of step 5, layer 2, rank 1, float32 [2, 3]" in waited
     assert words in received
+
+
+def test_deferred_headers_are_checked_later_and_keep_nothing_else_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather(received_U: Tensor, sent_U: Tensor, *, async_op: bool) -> Finished:
+        received_U.view(2, -1)[:] = sent_U  # rank 1's message claims to be rank 0's
+        return Finished()
+
+    monkeypatch.setattr(comm, "_all_gather", gather)
+    ranks = Communicator(0, 2, torch.device("cpu"), defer_checks=True)
+    large = torch.zeros(1000)
+    assert torch.equal(ranks.all_gather(large, TAG).wait(), torch.stack([large, large]))
+    ((_, headers_RU),) = ranks._unverified
+    assert headers_RU.untyped_storage().nbytes() == 2 * HEADER_BYTES
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        ranks.verify()
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        ranks.all_gather_json("x", TAG)

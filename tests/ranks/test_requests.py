@@ -1,0 +1,70 @@
+"""Requests on several ranks: what fails on one rank is told to all, and nobody is left waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from apb.comm import Communicator
+from apb.config import compose_config
+from apb.errors import InputError
+from apb.hf.model import CausalLM
+from apb.runner import RequestRunner
+from rank_pool import RankPool
+
+PoolOf = Callable[[int], RankPool]
+PARAMS = {"max_tokens": 3, "ignore_eos": True}
+OVERRIDES = ["model=tiny", "device=cpu", "method.min_block_len=16"]
+
+
+def ask(runner: RequestRunner, document: str) -> list[int] | str:
+    arguments: dict[str, Any] = {"document": document, "question": "Who?", "params": PARAMS}
+    try:
+        *_, last = runner.handle("ask", arguments)
+    except InputError as error:
+        return str(error)
+    ids: list[int] = last["result"]["token_ids"]
+    return ids
+
+
+def fail_to_load_on_rank_1(comm: Communicator, document: str) -> list[list[int] | str]:
+    """One request whose weights rank 1 cannot read, and the same request again."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise InputError("the disk is gone")
+
+    runner = RequestRunner(compose_config(OVERRIDES), comm)
+    if comm.rank == 1:
+        with patch.object(CausalLM, "load", load):
+            first = ask(runner, document)
+    else:
+        first = ask(runner, document)
+    return [first, ask(runner, document)]
+
+
+def ask_differently(comm: Communicator, documents: list[str]) -> list[list[int] | str]:
+    """A request that differs between the ranks, and one that does not."""
+    runner = RequestRunner(compose_config(OVERRIDES), comm)
+    return [ask(runner, documents[comm.rank]), ask(runner, documents[0])]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_cannot_load_is_named_on_all_and_may_try_again(
+    pool_of: PoolOf, world_size: int
+) -> None:
+    outcomes = pool_of(world_size).run(fail_to_load_on_rank_1, "The miller kept bees. " * 9)
+    answers = [again for _, again in outcomes]
+    assert answers == [answers[0]] * world_size
+    assert len(answers[0]) == 3
+    for rank, (failure, _) in enumerate(outcomes):
+        assert failure == ("the disk is gone" if rank == 1 else "rank 1: the disk is gone")
+
+
+def test_ranks_that_were_asked_different_things_refuse(pool_of: PoolOf) -> None:
+    documents = ["The miller kept bees. " * 9, "The miller kept goats. " * 9]
+    for rank, (refusal, answer) in enumerate(pool_of(2).run(ask_differently, documents)):
+        assert refusal == f"rank {1 - rank} was given another request than this rank"
+        assert len(answer) == 3
