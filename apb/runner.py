@@ -11,7 +11,8 @@ import json
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 from apb.comm import Communicator, Kind, Tag
 from apb.config import RunConfig, plugin_name
@@ -33,6 +34,16 @@ from apb.sampling import SamplingParams
 
 Reply = dict[str, Any]
 T = TypeVar("T")
+
+
+class _Ask(NamedTuple):
+    """A question that has passed its checks, and the seconds they took."""
+
+    engine: Engine
+    prompt: PromptTokens
+    plan: PrefillPlan
+    sampling: SamplingParams
+    prepared_s: float
 
 
 class RequestRunner:
@@ -123,48 +134,43 @@ class RequestRunner:
         params: dict[str, Any],
         is_cancelled: Callable[[], bool],
     ) -> Generator[Reply, None, None]:
-        begin = time.perf_counter()
-        prepared_s = 0.0
-
-        def prepare() -> tuple[Engine, PromptTokens, PrefillPlan, SamplingParams]:
-            nonlocal prepared_s
-            prompt = build_prompt(
-                self._tokenizer,
-                document,
-                question,
-                template=self._config.model.template,
-                user_template=self._config.model.user_template,
-            )
-            sampling = SamplingParams(**params)
-            sampling = replace(sampling, max_tokens=self._room(prompt, sampling.max_tokens))
-            plan = self._plan(prompt)
-            prepared_s = time.perf_counter() - begin
-            return self._load(), prompt, plan, sampling
-
-        request = [document, question, params]
-        engine, prompt, plan, sampling = self._together(request, prepare)
-        meter = RequestMeter(self._comm, prepared_s=prepared_s)
+        prepare = partial(self._prepare_ask, document, question, params)
+        ask = self._together([document, question, params], prepare)
+        engine, room = ask.engine, len(ask.prompt.query_ids) + ask.sampling.max_tokens
+        meter = RequestMeter(self._comm, prepared_s=ask.prepared_s)
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
             with meter.timeline.phase("prefill"):
-                engine.prefill(prompt, plan, room=len(prompt.query_ids) + sampling.max_tokens)
-            self._progress.begin("answering, tokens", sampling.max_tokens)
-            output = yield from self._answer(engine, prompt, plan, sampling, meter, is_cancelled)
+                engine.prefill(ask.prompt, ask.plan, room=room)
+            self._progress.begin("answering, tokens", ask.sampling.max_tokens)
+            output = yield from self._answer(ask, meter, is_cancelled)
         finally:
             self._progress.close()
             engine.release()
         yield {"result": output.to_json()}
 
+    def _prepare_ask(
+        self, document: str | list[int], question: str | list[int], params: dict[str, Any]
+    ) -> _Ask:
+        begin = time.perf_counter()
+        prompt = build_prompt(
+            self._tokenizer,
+            document,
+            question,
+            template=self._config.model.template,
+            user_template=self._config.model.user_template,
+        )
+        sampling = SamplingParams(**params)
+        sampling = replace(sampling, max_tokens=self._room(prompt, sampling.max_tokens))
+        plan = self._plan(prompt)
+        prepared_s = time.perf_counter() - begin
+        return _Ask(self._load(), prompt, plan, sampling, prepared_s)
+
     def _answer(
-        self,
-        engine: Engine,
-        prompt: PromptTokens,
-        plan: PrefillPlan,
-        sampling: SamplingParams,
-        meter: RequestMeter,
-        is_cancelled: Callable[[], bool],
+        self, ask: _Ask, meter: RequestMeter, is_cancelled: Callable[[], bool]
     ) -> Generator[Reply, None, RequestOutput]:
         """Decode after a prefill: yields the pieces of the text, returns the whole."""
+        sampling = ask.sampling
         eos_ids = () if sampling.ignore_eos else tuple(self._eos_ids)
         answer = AnswerText(
             self._tokenizer, stop=sampling.stop, stop_ids=(*eos_ids, *sampling.stop_token_ids)
@@ -176,8 +182,8 @@ class RequestRunner:
             piece = answer.push(token_id)
             return answer.stopped
 
-        for step in engine.generate(
-            prompt.query_ids,
+        for step in ask.engine.generate(
+            ask.prompt.query_ids,
             sampling,
             timeline=meter.timeline,
             is_last=is_last,
@@ -192,9 +198,9 @@ class RequestRunner:
         yield {"piece": answer.finish()}
         finish_reason = "stop" if answer.stopped else steps[-1].finish_reason or ""
         metrics = meter.metrics(
-            prompt,
-            plan,
-            engine.report(meter.local()),
+            ask.prompt,
+            ask.plan,
+            ask.engine.report(meter.local()),
             method=plugin_name("method", self._config.method),
             dtype=self._dtype,
             generated=len(steps),

@@ -30,7 +30,7 @@ def render(
         f"* overrides: `{' '.join(settings['override']) or 'none'}`; documents of random tokens",
         f"* before anything was timed, method=full and Hugging Face in fp32 differed by at most "
         f"{settings['gate']:.1e} in log-probability (limit 1e-3)",
-        f"* repeats (for all lengths, or one number each): {' '.join(map(str, settings['repeats']))}; "
+        f"* repeats, for all lengths or one number each: {str(settings['repeats'])[1:-1]}; "
         "in fresh processes after a short warm-up prompt; median (smallest to largest)",
     ]
     if beyond:
