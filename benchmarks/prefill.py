@@ -41,6 +41,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, nargs="+", default=[3], help="one number, or one for each length"
     )
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=("hf-wide", "full"), help="variants to leave out"
+    )
     parser.add_argument("--out", type=Path, default=REPORTS)
     parser.add_argument(
         "--override", action="append", default=[], help="for all variants, as model.path=/a/folder"
@@ -65,7 +68,7 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
     ]
     if args.dtype == "float32" or has_fast_bf16(torch.device("cpu")):
         del variants[1]  # apb then multiplies as Hugging Face does
-    return variants
+    return [variant for variant in variants if variant.name not in args.skip]
 
 
 def run(args: argparse.Namespace) -> Path:
