@@ -101,8 +101,7 @@ def run(args: argparse.Namespace) -> Path:
                 runs.append(bench.run(variant, document, question, repeat=repeat))
                 print(runs[-1].line(), file=sys.stderr)
         settings = {
-            **vars(args),
-            "out": str(args.out),
+            **{name: value for name, value in vars(args).items() if name != "out"},
             "gate": error,
             "max_positions": int(hf_config.max_position_embeddings),
         }
