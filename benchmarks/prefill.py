@@ -7,7 +7,6 @@ measurement has fresh processes and the machine to itself; variants alternate wi
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import sys
@@ -25,7 +24,7 @@ from benchmarks.environment import REPORTS, Environment
 from benchmarks.memory import Sizes
 from benchmarks.prefill_report import render
 from benchmarks.prefill_runs import Bench, Run, Variant, gate
-from benchmarks.report import write_report
+from benchmarks.report import print_report, write_report
 
 _GATE_LIMIT = 1e-3
 _QUESTION_IDS = 8
@@ -124,15 +123,7 @@ def _prompt(vocab_size: int, length: int, *, seed: int) -> tuple[list[int], list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        path = run(_parse(argv))
-    except ApbError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    print(path.read_text(encoding="utf-8"))
-    print(f"report: {path}", file=sys.stderr)
-    return 0
+    return print_report(lambda: run(_parse(argv)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,14 +19,14 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from apb.errors import ApbError, InputError
+from apb.errors import InputError
 from apb.prompts.needle_kinds import KINDS
 from benchmarks.environment import REPORTS, ROOT, Environment
 from benchmarks.prose import PASSAGES
 from benchmarks.quality_lab import METHODS, REFERENCE, Lab
 from benchmarks.quality_report import render, summarise
 from benchmarks.quality_tasks import NeedleTask, ProseTask, Row, Task
-from benchmarks.report import write_report
+from benchmarks.report import print_report, write_report
 
 _QUESTION_ROOM = 512
 """Positions kept free for template, question and answer."""
@@ -169,16 +168,7 @@ def _append(file: TextIO, row: Row) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        path = run(_parse(argv))
-    except ApbError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    if path is not None:
-        print(path.read_text(encoding="utf-8"))
-        print(f"report: {path}", file=sys.stderr)
-    return 0
+    return print_report(lambda: run(_parse(argv)))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from apb.errors import ApbError
 from apb.output import write_json
 from benchmarks.environment import hardware_slug
 
@@ -62,3 +65,17 @@ def write_report(
     path = folder / f"{stem}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def print_report(run: Callable[[], Path | None]) -> int:
+    """Run a benchmark and print the report it wrote, if any; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        path = run()
+    except ApbError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if path is not None:
+        print(path.read_text(encoding="utf-8"))
+        print(f"report: {path}", file=sys.stderr)
+    return 0
