@@ -33,7 +33,7 @@ from apb.methods.apb import ApbConfig
 from apb.methods.base import MethodConfig
 from apb.methods.full import FullConfig
 from apb.methods.star import StarConfig
-from apb.model_config import ModelConfig
+from apb.model_config import ModelConfig, RuntimeConfig
 from apb.paths import config_dir
 from apb.prompts.source import FileConfig, NeedleConfig, PromptConfig, TextConfig
 from apb.sampling import SamplingParams
@@ -103,6 +103,7 @@ class RunConfig:
     backend: BackendConfig = MISSING
     prompt: PromptConfig = MISSING
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     num_blocks: int | None = None
     dtype: str = "auto"
     device: str = "auto"

@@ -1,9 +1,29 @@
-"""Which model to run, as the configuration names it."""
+"""Which model to run and how, as the configuration names it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from apb.errors import InputError
+
+CHUNK_LEN = 2048
+"""Rows that row-wise modules work on at once: enough to fill a GPU, little beside a document."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    """How a model is run, whatever the method.
+
+    Attributes:
+        chunk_len: rows that MLPs and norms work on at once; it bounds their memory.
+    """
+
+    chunk_len: int = CHUNK_LEN
+
+    def __post_init__(self) -> None:
+        if self.chunk_len < 1:
+            raise InputError(f"runtime.chunk_len={self.chunk_len} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -116,7 +116,12 @@ class RequestRunner:
     def _load(self) -> Engine:
         """The engine; the first call loads the weights."""
         if self._engine is None:
-            model = CausalLM.load(self._config.model, dtype=self._dtype, device=self._comm.device)
+            model = CausalLM.load(
+                self._config.model,
+                dtype=self._dtype,
+                device=self._comm.device,
+                chunk_len=self._config.runtime.chunk_len,
+            )
             self._engine = Engine(
                 model=model,
                 method=self._method,

@@ -16,10 +16,11 @@ from apb.cache import CacheShape
 from apb.errors import InputError
 from apb.hf import attention
 from apb.hf.checkpoint import Checkpoint, check_supported
+from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
 from apb.hf.linear import MIN_ROWS, WideLinears, has_fast_bf16
 from apb.methods.base import Attend
-from apb.model_config import ModelConfig
+from apb.model_config import CHUNK_LEN, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,30 +49,44 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
 class CausalLM:
     """Runs rows of one document through the decoder layers; the LM head only where asked."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device, *, chunk_len: int = CHUNK_LEN
+    ) -> None:
         attention.register()
         model.set_attn_implementation(attention.IMPLEMENTATION)
         # nn.Module's `to` as transformers decorates it has no usable type.
         self._model: Any = model.eval().requires_grad_(False)
         self._model.to(device)
+        run_in_chunks(self._model, chunk_len)
         self._device = device
         self._wide = not has_fast_bf16(device)
 
     @classmethod
-    def load(cls, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    def load(
+        cls,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk_len: int = CHUNK_LEN,
+    ) -> CausalLM:
         """Load weights, memory-mapped and so shared by ranks where they have the dtype asked for.
+
+        `chunk_len` bounds the rows that MLPs and norms work on at once.
 
         Raises:
             InputError: unreadable or unfitting weights.
         """
         hf_config = load_config(config)
         if config.architecture is not None:
-            return cls(_random_model(hf_config, config.weights_seed, dtype), device)
+            return cls(
+                _random_model(hf_config, config.weights_seed, dtype), device, chunk_len=chunk_len
+            )
         checkpoint = Checkpoint.find(config)
         transformers_logging.disable_progress_bar()
         try:
             if checkpoint.gguf is not None:
-                return cls(load_gguf_model(checkpoint.gguf, dtype), device)
+                return cls(load_gguf_model(checkpoint.gguf, dtype), device, chunk_len=chunk_len)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.location,
                 **checkpoint.options,
@@ -89,7 +104,7 @@ class CausalLM:
                 f"{checkpoint.location} lacks {len(missing)} weights of its own configuration, "
                 f"{missing[0]} first: the download is incomplete or of another model"
             )
-        return cls(model, device)
+        return cls(model, device, chunk_len=chunk_len)
 
     @property
     def device(self) -> torch.device:
