@@ -45,12 +45,13 @@ class KVCacheShard:
     def positions_S(self) -> Tensor:
         return self._positions_S[: self._length]
 
-    def write(self, layer_idx: int, k_KTD: Tensor, v_KTD: Tensor) -> None:
-        """Store one layer's new rows behind the committed ones."""
-        stop = self._length + k_KTD.shape[1]
+    def write(self, layer_idx: int, k_KTD: Tensor, v_KTD: Tensor, *, at: int = 0) -> None:
+        """Store one layer's new rows, `at` rows behind the committed ones."""
+        start = self._length + at
+        stop = start + k_KTD.shape[1]
         assert stop <= self.capacity, f"cache of {self.capacity} tokens cannot hold {stop}"
-        self._kv_L2KSD[layer_idx, 0, :, self._length : stop] = k_KTD
-        self._kv_L2KSD[layer_idx, 1, :, self._length : stop] = v_KTD
+        self._kv_L2KSD[layer_idx, 0, :, start:stop] = k_KTD
+        self._kv_L2KSD[layer_idx, 1, :, start:stop] = v_KTD
 
     def view(self, layer_idx: int, *, pending: int = 0) -> tuple[Tensor, Tensor]:
         """One layer's keys and values ``[K, S, D]``: committed rows and `pending` written ones."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from apb.errors import EngineDeadError
 
+T = TypeVar("T")
 HEADER_BYTES = 128
 _HEADER = struct.Struct("=16q")
 _MAGIC = 0x41504231
@@ -32,10 +33,14 @@ class Kind(IntEnum):
     """What a message carries."""
 
     CONTROL = 1
-    ANCHOR = 2
-    PASSING = 3
+    QUESTION = 2
+    UPSTREAM = 3
     PARTIAL = 4
     REPORT = 5
+    RING = 6
+    HEADS = 7
+    ROWS = 8
+    SHARD = 9
 
 
 class Tag(NamedTuple):
@@ -46,17 +51,17 @@ class Tag(NamedTuple):
     kind: Kind
 
 
-class Pending:
-    """A message under way. `wait` returns the received tensor; it may be called more than once."""
+class Pending(Generic[T]):
+    """A message under way. `wait` returns what was received; it may be called more than once."""
 
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
-        self._finish = finish
-        self._result: Tensor | None = None
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish: Callable[[], T] | None = finish
+        self._result: T | None = None
 
-    def wait(self) -> Tensor:
-        if self._result is None:
-            self._result = self._finish()
-        return self._result
+    def wait(self) -> T:
+        if self._finish is not None:
+            self._result, self._finish = self._finish(), None
+        return cast(T, self._result)
 
 
 @dataclass(slots=True)
@@ -71,26 +76,59 @@ class Communicator:
     """Leave the headers to `verify` instead of looking at each on arrival."""
     _unverified: list[tuple[list[tuple[int, ...]], Tensor]] = field(default_factory=list)
 
-    def all_gather(self, x: Tensor, tag: Tag) -> Pending:
+    def all_gather(self, x: Tensor, tag: Tag) -> Pending[Tensor]:
         """Every rank's `x`, stacked in rank order: ``[R, *x.shape]``; the same shape everywhere."""
         if self.world_size == 1:
             return Pending(lambda: x[None])
         sent_U = self._pack(x, tag)
         received_RU = sent_U.new_empty((self.world_size, sent_U.numel()))
         work = _all_gather(received_RU.flatten(), sent_U, async_op=True)
-        return Pending(
-            lambda: self._arrive(work, sent_U, received_RU, range(self.world_size), tag, x)
-        )
 
-    def broadcast(self, x: Tensor, tag: Tag, *, src: int) -> Pending:
+        def finish() -> Tensor:
+            work.wait()
+            return self._accept(received_RU, range(self.world_size), tag, x)
+
+        return Pending(finish)
+
+    def broadcast(self, x: Tensor, tag: Tag, *, src: int) -> Pending[Tensor]:
         """Rank `src`'s `x` on every rank. Elsewhere `x` only says shape and dtype."""
         if self.world_size == 1:
             return Pending(lambda: x)
         buffer_U = self._pack(x, tag, payload=self.rank == src)
         work = dist.broadcast(buffer_U, src=src, async_op=True)
-        return Pending(
-            lambda: self._arrive(work, buffer_U, buffer_U[None], range(src, src + 1), tag, x)[0]
-        )
+
+        def finish() -> Tensor:
+            work.wait()
+            return self._accept(buffer_U[None], [src], tag, x)[0]
+
+        return Pending(finish)
+
+    def exchange(
+        self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], tag: Tag
+    ) -> Pending[dict[int, Tensor]]:
+        """Send one tensor to each rank in `outgoing` and receive one from each in `incoming`.
+
+        The tensors in `incoming` only say shape and dtype. Both sides have to agree on who sends to
+        whom. Every rank that takes part has to `wait`, also one that only sends.
+        """
+        sent = {rank: self._pack(x, tag) for rank, x in outgoing.items()}
+        received = {rank: self._buffer(x) for rank, x in incoming.items()}
+        operations = [
+            *(dist.P2POp(dist.isend, buffer_U, rank) for rank, buffer_U in sent.items()),
+            *(dist.P2POp(dist.irecv, buffer_U, rank) for rank, buffer_U in received.items()),
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def finish() -> dict[int, Tensor]:
+            for work in works:
+                work.wait()
+            sent.clear()  # only now may the allocator have the memory back
+            return {
+                rank: self._accept(buffer_U[None], [rank], tag, incoming[rank])[0]
+                for rank, buffer_U in received.items()
+            }
+
+        return Pending(finish)
 
     def broadcast_ints(self, values: Sequence[int], tag: Tag, *, src: int) -> list[int]:
         """Rank `src`'s integers on every rank; all ranks pass the same number of them."""
@@ -120,12 +158,16 @@ class Communicator:
             for text_U, size in zip(texts_RU.cpu(), sizes_R, strict=True)
         ]
 
-    def _pack(self, x: Tensor, tag: Tag, *, payload: bool = True) -> Tensor:
+    def _buffer(self, x: Tensor) -> Tensor:
+        """Room for a header and `x`."""
         nbytes = x.numel() * x.element_size()
         # Gathered rows start at multiples of 16 bytes, so that they can be viewed as any dtype.
-        buffer_U = torch.empty(
+        return torch.empty(
             HEADER_BYTES + -(-nbytes // 16) * 16, dtype=torch.uint8, device=self.device
         )
+
+    def _pack(self, x: Tensor, tag: Tag, *, payload: bool = True) -> Tensor:
+        buffer_U = self._buffer(x)
         packed = _HEADER.pack(*_fields(tag, self.rank, x))
         header_U = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         if self.device.type == "cuda":  # from pageable memory the copy would stall the stream
@@ -135,18 +177,12 @@ class Communicator:
             _payload(buffer_U[None], x)[0].copy_(x)
         return buffer_U
 
-    def _arrive(
-        self,
-        work: Any,
-        sent_U: Tensor,
-        received_RU: Tensor,
-        sources: Sequence[int],
-        tag: Tag,
-        like: Tensor,
+    def _accept(
+        self, received_RU: Tensor, sources: Sequence[int], tag: Tag, like: Tensor
     ) -> Tensor:
-        work.wait()
+        """The payloads of messages that have arrived, one from each source."""
         others = sum(source != self.rank for source in sources)
-        self.bytes_received += others * sent_U.numel()
+        self.bytes_received += others * received_RU.shape[1]
         # A copy: a view would keep the whole message alive until it is checked.
         headers_RU = received_RU[:, :HEADER_BYTES].clone()
         self._unverified.append(([_fields(tag, source, like) for source in sources], headers_RU))

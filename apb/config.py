@@ -30,16 +30,29 @@ from apb.compress.random import RandomConfig
 from apb.compress.window import WindowConfig
 from apb.errors import InputError
 from apb.methods.apb import ApbConfig
+from apb.methods.auto import AutoConfig
 from apb.methods.base import MethodConfig
 from apb.methods.full import FullConfig
+from apb.methods.placement import Placement
+from apb.methods.ring import RingConfig
 from apb.methods.star import StarConfig
+from apb.methods.ulysses import UlyssesConfig
+from apb.methods.zigzag import ZigzagConfig
 from apb.model_config import ModelConfig, RuntimeConfig
 from apb.paths import config_dir
 from apb.prompts.source import FileConfig, NeedleConfig, PromptConfig, TextConfig
 from apb.sampling import SamplingParams
 
 PLUGINS: Mapping[str, Mapping[str, type]] = {
-    "method": {"apb": ApbConfig, "star": StarConfig, "full": FullConfig},
+    "method": {
+        "apb": ApbConfig,
+        "star": StarConfig,
+        "ring": RingConfig,
+        "zigzag": ZigzagConfig,
+        "ulysses": UlyssesConfig,
+        "full": FullConfig,
+        "auto": AutoConfig,
+    },
     "method/compressor": {
         "query": QueryConfig,
         "window": WindowConfig,
@@ -57,8 +70,13 @@ FREE_TEXT = ("prompt.document", "prompt.query", "model.path", "output")
 
 @dataclass(kw_only=True, slots=True)
 class DecodeConfig:
-    """Sampling, with vLLM's names (see `SamplingParams`)."""
+    """Sampling, with vLLM's names (see `SamplingParams`), and where the KV is meanwhile.
 
+    Attributes:
+        placement: `sharded` (KV stays where prefill ran), `rank0` (it moves there) or `auto`.
+    """
+
+    placement: Placement = Placement.auto
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0

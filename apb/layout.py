@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
 
 from apb.errors import InputError
@@ -66,6 +67,23 @@ class SequenceLayout:
         ranks = [index * world_size // spread for index in range(num_blocks)]
         return cls.from_lengths(lengths, ranks, world_size=world_size)
 
+    @classmethod
+    def zigzag(cls, context_len: int, *, num_blocks: int, world_size: int) -> SequenceLayout:
+        """Even blocks dealt to ranks 0 .. R-1 and back, R-1 .. 0, and so on.
+
+        With 2R blocks rank r owns blocks r and 2R-1-r: early and late ones, whose attention adds up
+        to the same on every rank.
+        """
+        even = cls.even(context_len, num_blocks=num_blocks, world_size=1)
+        turns = (index % (2 * world_size) for index in range(num_blocks))
+        ranks = [min(turn, 2 * world_size - 1 - turn) for turn in turns]
+        return cls.from_lengths([*map(len, even.blocks)], ranks, world_size=world_size)
+
+    def with_lengths(self, lengths: Sequence[int]) -> SequenceLayout:
+        """The same blocks on the same ranks in other lengths."""
+        ranks = [block.rank for block in self.blocks]
+        return self.from_lengths(lengths, ranks, world_size=self.world_size)
+
     def owned_by(self, rank: int) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.rank == rank)
 
@@ -77,22 +95,48 @@ class SequenceLayout:
         return max(map(len, self.blocks))
 
 
+class LayoutPolicy(Enum):
+    """How blocks are cut and dealt to ranks.
+
+    `even`: equal lengths, neighbours on one rank (paper). `balanced`: the same ranks, lengths such
+    that the slowest rank is as fast as possible. `zigzag`: equal lengths, early blocks paired with
+    late ones.
+    """
+
+    even = "even"
+    balanced = "balanced"
+    zigzag = "zigzag"
+
+
 def choose_num_blocks(
-    context_len: int, *, requested: int | None, world_size: int, min_block_len: int
+    context_len: int,
+    *,
+    requested: int | None,
+    world_size: int,
+    min_block_len: int = 1,
+    policy: LayoutPolicy = LayoutPolicy.even,
 ) -> int:
     """How many blocks to cut `context_len` tokens into; at least one, each with at least one token.
 
     A requested number is honoured while every block gets a token. Otherwise it is one block per
-    rank, or fewer where blocks would fall below `min_block_len` tokens.
+    rank (`zigzag`: two), or fewer where blocks would fall below `min_block_len` tokens.
 
     Raises:
-        InputError: fewer blocks requested than there are ranks.
+        InputError: fewer blocks requested than there are ranks, or unpaired ones under `zigzag`.
     """
+    pairs = 2 * world_size
     if requested is None:
-        return max(1, min(world_size, context_len // max(1, min_block_len)))
+        wanted = pairs if policy is LayoutPolicy.zigzag else world_size
+        return max(1, min(wanted, context_len // max(1, min_block_len)))
     if requested < world_size:
         raise InputError(
             f"num_blocks={requested} is below the {world_size} ranks, so some ranks would have no "
             f"work: raise num_blocks to at least {world_size} or start fewer ranks"
+        )
+    if policy is LayoutPolicy.zigzag and requested % pairs:
+        nearest = max(pairs, round(requested / pairs) * pairs)
+        raise InputError(
+            f"num_blocks={requested} cannot be dealt out in zigzag, which gives each of the "
+            f"{world_size} ranks blocks in pairs: the nearest number that can is {nearest}"
         )
     return min(requested, context_len)

@@ -31,6 +31,8 @@ class RequestMetrics:
     generated_tokens: int
     method: str
     num_blocks: int
+    placement: str
+    """Where the document's KV was while decoding: `sharded` or `rank0`."""
     layout: list[RankLayout]
     prefill_s: float
     ttft_s: float

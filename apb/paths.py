@@ -12,9 +12,13 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
 
 
+def data_home() -> Path:
+    """The folder that holds what apb keeps on a machine; it may not exist yet."""
+    if home := os.environ.get("APB_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apb"
+
+
 def model_home() -> Path:
     """The folder that holds one folder per fetched model; it may not exist yet."""
-    if home := os.environ.get("APB_HOME"):
-        return Path(home).expanduser() / "models"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "apb" / "models"
+    return data_home() / "models"

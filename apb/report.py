@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from apb.comm import Communicator
+from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan
 from apb.metrics import PeakMemory, Timeline
 from apb.output import RankLayout, RequestMetrics
@@ -31,9 +32,13 @@ class RequestMeter:
     def first_token(self) -> None:
         self.ttft_s = self.ttft_s or self.timeline.elapsed_s()
 
-    def local(self) -> dict[str, int]:
+    def local(self) -> dict[str, float]:
         """This rank's figures, to be gathered."""
+        phases_s = self.timeline.phases_s
         return {
+            "prefill_s": phases_s["prefill"],
+            "decode_s": phases_s["decode"],
+            "ttft_s": self.ttft_s,
             "bytes": self._comm.bytes_received - self._bytes_before,
             "peak_memory": self._memory.read(),
         }
@@ -42,27 +47,29 @@ class RequestMeter:
         self,
         prompt: PromptTokens,
         plan: PrefillPlan,
-        ranks: Sequence[Mapping[str, int]],
+        ranks: Sequence[Mapping[str, float]],
         *,
         method: str,
+        placement: Placement,
         dtype: torch.dtype,
         generated: int,
     ) -> RequestMetrics:
-        """All ranks' figures; `ranks` holds every rank's `local`, in rank order."""
-        decode_s = self.timeline.phases_s["decode"]
+        """All ranks' figures, times of rank 0; `ranks` holds every rank's `local`, in order."""
+        decode_s = ranks[0]["decode_s"]
         return RequestMetrics(
             context_tokens=plan.layout.context_len,
             query_tokens=len(prompt.query_ids),
             generated_tokens=generated,
-            method=method,
+            method=plan.method or method,
+            placement=placement.value,
             num_blocks=len(plan.layout.blocks),
             layout=[rank_layout(plan, rank) for rank in range(plan.layout.world_size)],
-            prefill_s=self.timeline.phases_s["prefill"],
-            ttft_s=self.ttft_s,
+            prefill_s=ranks[0]["prefill_s"],
+            ttft_s=ranks[0]["ttft_s"],
             decode_s=decode_s,
             tokens_per_s=(generated - 1) / decode_s if generated > 1 else 0.0,
-            bytes_exchanged=[rank["bytes"] for rank in ranks],
-            peak_memory_bytes=[rank["peak_memory"] for rank in ranks],
+            bytes_exchanged=[int(rank["bytes"]) for rank in ranks],
+            peak_memory_bytes=[int(rank["peak_memory"]) for rank in ranks],
             acceptance_length=1.0,
             versions={name: _version(name) for name in ("apb", "torch", "transformers")},
             device=device_name(self._comm.device),

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from apb.comm import Communicator
 from apb.config import compose_config
+from apb.cost import NOMINAL_CPU, CostModel
 from apb.engine import Engine
+from apb.generation import generate, logprobs
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer, stop_ids
+from apb.methods.plan import PlanRequest
 from apb.metrics import Timeline
 from apb.prompts.answer import AnswerText
 from apb.prompts.base import PromptTokens
@@ -90,7 +93,12 @@ class Lab:
     def prefill(self, method: str, prompt: PromptTokens, *, room: int) -> float:
         """Read the context with `method`; returns the seconds that took."""
         num_blocks = None if method == REFERENCE else self._num_blocks
-        plan = self._methods[method].plan(prompt, world_size=1, num_blocks=num_blocks)
+        costs = CostModel(
+            shape=self._model.shape, rates=NOMINAL_CPU, itemsize=self._model.dtype.itemsize
+        )
+        plan = self._methods[method].plan(
+            PlanRequest.of(prompt, world_size=1, num_blocks=num_blocks, costs=costs)
+        )
         self._engine = Engine(
             model=self._model,
             method=self._methods[method],
@@ -106,7 +114,7 @@ class Lab:
         """Log-probability per token of an answer after context and query, which stays unread."""
         assert self._engine is not None, "answer_logprob before prefill"
         rows = [*query_ids, *answer_ids[:-1]]
-        values = self._engine.logprobs(rows, [*query_ids[1:], *answer_ids])[-len(answer_ids) :]
+        values = logprobs(self._engine, rows, [*query_ids[1:], *answer_ids])[-len(answer_ids) :]
         self._engine.rewind(len(rows))
         return sum(values) / len(values)
 
@@ -119,7 +127,8 @@ class Lab:
             text.push(token_id)
             return text.stopped
 
-        steps = self._engine.generate(
+        steps = generate(
+            self._engine,
             query_ids,
             SamplingParams(max_tokens=max_tokens),
             timeline=Timeline(self.device),

@@ -13,12 +13,14 @@ from transformers.utils import logging as transformers_logging
 
 from apb.attention.base import LayerInputs
 from apb.cache import CacheShape
+from apb.cost import ModelShape
 from apb.errors import InputError
 from apb.hf import attention
 from apb.hf.checkpoint import Checkpoint, check_supported
 from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
 from apb.hf.linear import MIN_ROWS, WideLinears, has_fast_bf16
+from apb.hf.shape import model_shape
 from apb.methods.base import Attend
 from apb.model_config import CHUNK_LEN, ModelConfig
 
@@ -117,12 +119,12 @@ class CausalLM:
 
     @property
     def cache_shape(self) -> CacheShape:
-        config = self._model.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return CacheShape(
-            config.num_hidden_layers, config.num_key_value_heads, head_dim, self.dtype
-        )
+        shape = self.shape
+        return CacheShape(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.dtype)
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_shape(self._model.config)
 
     @property
     def weight_bytes(self) -> int:
@@ -155,8 +157,9 @@ class CausalLM:
         hidden_TM = torch.empty(0, config.hidden_size, dtype=self.dtype, device=self.device)
         q_HTD = hidden_TM.new_empty(config.num_attention_heads, 0, shape.head_dim)
         kv_KTD = hidden_TM.new_empty(shape.num_kv_heads, 0, shape.head_dim)
-        for layer_idx in range(shape.num_layers):
-            attend(LayerInputs(layer_idx, q_HTD, kv_KTD, kv_KTD, scale=1.0))
+        for layer_idx, layer in enumerate(self._model.base_model.layers):
+            scale = layer.self_attn.scaling  # of use where a rank attends for others (`ulysses`)
+            attend(LayerInputs(layer_idx, q_HTD, kv_KTD, kv_KTD, scale))
         return hidden_TM
 
     @torch.inference_mode()

@@ -8,13 +8,14 @@ from omegaconf import MISSING
 
 from apb.compress.base import Compressor, CompressorConfig
 from apb.errors import InputError
-from apb.layout import SequenceLayout
-from apb.methods.blocks import BlockConfig, BlockMethod
-from apb.methods.plan import Anchor, AnchorForm, PrefillPlan, cut_context
-from apb.prompts.base import PromptTokens
+from apb.layout import LayoutPolicy, SequenceLayout
+from apb.methods.balanced import balanced
+from apb.methods.base import AttentionMethod
+from apb.methods.blocks import BlockConfig, BlockMethod, BlockSettings
+from apb.methods.plan import Anchor, AnchorForm, PlanRequest, PrefillPlan, cut_context
 
 Length = int | float
-"""A length in tokens (an integer) or as a share of the block length (a float in [0, 1])."""
+"""A length in tokens (an integer) or as a share of an even block's length (a float in [0, 1])."""
 
 
 class ApbMethod(BlockMethod):
@@ -26,32 +27,32 @@ class ApbMethod(BlockMethod):
         *,
         anchor_len: Length,
         passing_len: Length,
-        anchor_form: AnchorForm,
-        min_block_len: int,
+        settings: BlockSettings,
     ) -> None:
-        super().__init__(compressor)
+        super().__init__(settings, compressor)
         self._anchor_len, self._passing_len = anchor_len, passing_len
-        self._anchor_form = anchor_form
-        self._min_block_len = min_block_len
 
-    def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
+    def plan(self, request: PlanRequest) -> PrefillPlan:
+        """Anchor and passing lengths follow from even blocks, whatever the policy makes of them.
+
+        Where even blocks pass on all they have, longer ones would not: they stay even.
+        """
         layout, notes = cut_context(
-            len(prompt.context_ids),
-            num_blocks=num_blocks,
-            world_size=world_size,
-            min_block_len=self._min_block_len,
+            request, self._settings.layout, min_block_len=self._settings.min_block_len
         )
         if len(layout.blocks) == 1:
             return PrefillPlan(layout, passing_lens=(0,), notes=notes)
-        anchor = self._anchor(layout, len(prompt.prefix_ids), len(prompt.query_ids))
-        if anchor.query_len < len(prompt.query_ids) and len(anchor):
+        anchor = self._anchor(layout, request.prefix_len, request.query_len)
+        if anchor.query_len < request.query_len and len(anchor):
             notes += (
-                f"the anchor shows the last {anchor.query_len} of {len(prompt.query_ids)} query "
+                f"the anchor shows the last {anchor.query_len} of {request.query_len} query "
                 f"tokens: half of its {len(anchor)} tokens (method.anchor_len)",
             )
-        return PrefillPlan(
-            layout, anchor, self._anchor_form, self._passing_lens(layout, anchor), notes
-        )
+        passing_lens = self._passing_lens(layout, anchor)
+        plan = PrefillPlan(layout, anchor, self._settings.anchor, passing_lens, notes)
+        if self._settings.layout is LayoutPolicy.balanced and not plan.passes_everything:
+            return balanced(plan, request.costs)
+        return plan
 
     def _anchor(self, layout: SequenceLayout, prefix_len: int, query_len: int) -> Anchor:
         """The anchor's context tokens lie inside block 0, so that no row sees a token twice."""
@@ -91,7 +92,7 @@ class ApbConfig(BlockConfig):
     Attributes:
         compressor: chooses the passing KV.
         anchor: `shared` (rank 0 runs the anchor once) or `replicated` (paper).
-        anchor_len: tokens (integer) or share of the block length (float); the paper's is 1/4.
+        anchor_len: tokens (integer) or share of an even block (float); the paper's is 1/4.
         passing_len: per block, likewise; the paper's is 1/8.
     """
 
@@ -110,13 +111,15 @@ class ApbConfig(BlockConfig):
                     "or a share of the block length (a decimal from 0.0 to 1.0)"
                 )
 
-    def build(self, *, seed: int) -> ApbMethod:
+    def build(self, *, seed: int) -> AttentionMethod:
+        return self.build_apb(seed=seed)
+
+    def build_apb(self, *, seed: int) -> ApbMethod:
         return ApbMethod(
             self.compressor.build(seed=seed),
             anchor_len=self.anchor_len,
             passing_len=self.passing_len,
-            anchor_form=self.anchor,
-            min_block_len=self.min_block_len,
+            settings=self.settings(),
         )
 
 

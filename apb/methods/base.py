@@ -5,17 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from apb.attention.base import AttentionBackend, LayerInputs
-from apb.cache import KVCacheShard
 from apb.comm import Communicator
-from apb.methods.plan import PrefillPlan, RankRows
-from apb.prompts.base import PromptTokens
+from apb.cost import ModelShape, Workload
+from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
 
 Attend = Callable[[LayerInputs], Tensor]
 """One layer's attention as the model calls it: all rows in, ``out_THD`` back."""
+
+
+class KVSink(Protocol):
+    """Where a method puts the keys and values of the rank's blocks, layer by layer."""
+
+    def write(self, layer_idx: int, k_KTD: Tensor, v_KTD: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +30,7 @@ class PrefillContext:
 
     plan: PrefillPlan
     rows: RankRows
-    cache: KVCacheShard
+    cache: KVSink
     comm: Communicator
     backend: AttentionBackend
     step: int
@@ -38,12 +44,16 @@ class AttentionMethod(ABC):
     """
 
     @abstractmethod
-    def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
-        """Who runs what, from the prompt's lengths alone; the same on every rank.
+    def plan(self, request: PlanRequest) -> PrefillPlan:
+        """Who runs what, from lengths alone; the same on every rank.
 
         Raises:
-            InputError: the settings do not fit the prompt or the number of ranks.
+            InputError: the settings do not fit the prompt, the model or the number of ranks.
         """
+
+    @abstractmethod
+    def workload(self, plan: PrefillPlan, shape: ModelShape, rank: int) -> Workload:
+        """What a rank does in one layer of the plan."""
 
     @abstractmethod
     def begin(self, context: PrefillContext) -> Attend:

@@ -12,13 +12,26 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from apb.attention.base import LayerInputs, Segment
-from apb.comm import Pending
+from apb.balance import causal_pairs
 from apb.compress.base import BlockView, Compressor, PassingBlock
+from apb.cost import ModelShape, Workload
 from apb.errors import InputError
-from apb.layout import Block
+from apb.layout import Block, LayoutPolicy
 from apb.methods.base import Attend, AttentionMethod, MethodConfig, PrefillContext
 from apb.methods.exchange import ContextExchange
-from apb.methods.plan import AnchorForm
+from apb.methods.plan import AnchorForm, PrefillPlan
+from apb.methods.wire import WireFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSettings:
+    """What the blockwise methods have in common; see `BlockConfig`."""
+
+    anchor: AnchorForm = AnchorForm.replicated
+    layout: LayoutPolicy = LayoutPolicy.even
+    wire: WireFormat = WireFormat.auto
+    overlap: bool = True
+    min_block_len: int = 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,57 +40,90 @@ class BlockConfig(MethodConfig):
 
     Attributes:
         anchor: where the anchor runs.
+        layout: how blocks are cut and dealt to ranks: `even`, `balanced` or `zigzag`.
+        wire: what passing KV looks like between ranks: `auto`, `bfloat16` or `int8`.
+        overlap: run local attention while the exchange is under way.
         min_block_len: fewer blocks than ranks are used rather than shorter ones.
     """
 
     anchor: AnchorForm = MISSING
+    layout: LayoutPolicy = LayoutPolicy.even
+    wire: WireFormat = WireFormat.auto
+    overlap: bool = True
     min_block_len: int = 256
 
     def __post_init__(self) -> None:
         if self.min_block_len < 1:
             raise InputError(f"method.min_block_len={self.min_block_len} must be at least 1")
 
+    def settings(self) -> BlockSettings:
+        return BlockSettings(
+            anchor=self.anchor,
+            layout=self.layout,
+            wire=self.wire,
+            overlap=self.overlap,
+            min_block_len=self.min_block_len,
+        )
+
 
 class BlockMethod(AttentionMethod):
     """The attention that all blockwise methods share; they differ in their plan."""
 
-    def __init__(self, compressor: Compressor | None = None) -> None:
+    def __init__(self, settings: BlockSettings, compressor: Compressor | None = None) -> None:
+        self._settings = settings
         self._compressor = compressor
 
     def begin(self, context: PrefillContext) -> Attend:
-        return _BlockPrefill(context, self._compressor).attend
+        return _BlockPrefill(context, self._settings, self._compressor).attend
+
+    def workload(self, plan: PrefillPlan, shape: ModelShape, rank: int) -> Workload:
+        pairs = causal_pairs(plan.copied_anchor(rank)) + sum(
+            causal_pairs(len(block), plan.upstream_len(block.index))
+            for block in plan.layout.owned_by(rank)
+        )
+        received = plan.received_tokens(rank)
+        return Workload(
+            rows=plan.num_rows(rank),
+            head_pairs=shape.num_heads * pairs,
+            received=received * shape.kv_elements,
+            messages=int(received > 0),
+        )
 
 
 class _BlockPrefill:
     """One prefill on one rank (APB, section 3 and algorithm 2)."""
 
-    def __init__(self, context: PrefillContext, compressor: Compressor | None) -> None:
+    def __init__(
+        self, context: PrefillContext, settings: BlockSettings, compressor: Compressor | None
+    ) -> None:
         self._context = context
+        self._overlap = settings.overlap
         self._compressor = compressor
         self._exchange = ContextExchange(
-            context.plan, context.rows, context.comm, step=context.step
+            context.plan, context.rows, context.comm, step=context.step, wire=settings.wire
         )
 
     def attend(self, layer: LayerInputs) -> Tensor:
-        """Everything that can be sent is under way before local attention, and awaited after it."""
+        """What can be sent is under way before local attention, and awaited after it."""
         backend, local = self._context.backend, self._context.rows.local
         self._context.cache.write(layer.layer_idx, layer.k_KTD[:, local], layer.v_KTD[:, local])
-        anchor_pending = self._exchange.start_anchor(layer)
-        passing = list(self._select(layer, anchor_pending))
-        passing_pending = self._exchange.start_passing(layer, passing)
+        message_NY = self._exchange.message(layer, list(self._select(layer)))
+        pending = self._exchange.start(layer, message_NY)
+        if not self._overlap:
+            pending.wait()
         partial = backend.attend(layer.q_HTD, self._local_segments(layer), scale=layer.scale)
-        anchor = self._exchange.finish_anchor(layer, anchor_pending)
-        upstream = self._exchange.upstream(anchor, passing_pending)
+        upstream = self._exchange.upstream(layer, message_NY, pending)
         segments = self._upstream_segments(*upstream)
         if segments:
             partial = backend.attend(layer.q_HTD, segments, scale=layer.scale, carry=partial)
         return partial.out_THD
 
-    def _select(self, layer: LayerInputs, anchor_pending: Pending | None) -> Iterator[PassingBlock]:
+    def _select(self, layer: LayerInputs) -> Iterator[PassingBlock]:
         """What each of this rank's blocks passes on, in the order of the blocks."""
         plan = self._context.plan
+        question_HWD = self._question(layer)
         for block, rows in self._context.rows.blocks:
-            budget = plan.passing_lens[block.index] if plan.passing_lens else 0
+            budget = plan.passing_lens[block.index]
             if budget == 0:
                 yield PassingBlock(layer.k_KTD[:, :0], layer.v_KTD[:, :0])
                 continue
@@ -89,20 +135,20 @@ class _BlockPrefill:
                 layer.k_KTD[:, rows],
                 layer.v_KTD[:, rows],
                 layer.scale,
-                self._question(layer, block, anchor_pending),
+                None if self._is_blind(block) else question_HWD,
             )
             yield self._compressor.select(view, budget=budget, excluded=plan.excluded(block))
 
-    def _question(
-        self, layer: LayerInputs, block: Block, anchor_pending: Pending | None
-    ) -> Tensor | None:
-        """The question's query vectors, or None where the compressor or the block goes without."""
+    def _question(self, layer: LayerInputs) -> Tensor | None:
+        """The question's query vectors, or None where the compressor or the prompt goes without."""
         plan, compressor = self._context.plan, self._compressor
         if compressor is None or not compressor.needs_query or plan.anchor.query_len == 0:
             return None
-        if plan.anchor_form is AnchorForm.replicated and block.index == 0:
-            return None  # the first block has no anchor of its own (paper): it selects blindly
-        return self._exchange.finish_anchor(layer, anchor_pending).query_HWD
+        return self._exchange.question(layer)
+
+    def _is_blind(self, block: Block) -> bool:
+        """Whether the block selects without the question: the first one has no anchor (paper)."""
+        return self._context.plan.anchor_form is AnchorForm.replicated and block.index == 0
 
     def _local_segments(self, layer: LayerInputs) -> list[Segment]:
         """The anchor's rows and each block's rows, causal over themselves."""

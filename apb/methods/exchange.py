@@ -1,118 +1,161 @@
 """How anchor and passing KV travel between ranks in one layer of a prefill.
 
-Letters: A anchor tokens, P passing tokens per block (padded to the longest), N blocks per rank
-(padded), U upstream keys (anchor, then the passing blocks in order), W query tokens, R ranks, K
+A rank's message is its anchor, if it runs the one that all share, and its blocks' passing KV in the
+order of the blocks. Every later rank gets the beginning of it that it needs, in one exchange.
+
+Letters: A anchor tokens, P passing tokens of a block, N tokens of a message, Y bytes or elements of
+a token on the wire, U upstream keys (anchor, then the passing blocks in order), W query tokens, K
 key/value heads, H query heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from apb.attention.base import LayerInputs
 from apb.comm import Communicator, Kind, Pending, Tag
 from apb.compress.base import PassingBlock
 from apb.methods.plan import AnchorForm, PrefillPlan, RankRows
+from apb.methods.wire import Wire, WireFormat
 
 
-class AnchorKV(NamedTuple):
-    """The anchor in one layer: its KV and the query vectors of the question spliced into it."""
+class _Part(NamedTuple):
+    """Where a piece of a rank's message belongs among the upstream keys."""
 
-    k_KAD: Tensor
-    v_KAD: Tensor
-    query_HWD: Tensor
+    source: int
+    message: slice
+    upstream: slice
 
 
 class ContextExchange:
     """Moves one request's anchor and passing blocks, one layer at a time."""
 
-    def __init__(self, plan: PrefillPlan, rows: RankRows, comm: Communicator, *, step: int) -> None:
+    def __init__(
+        self,
+        plan: PrefillPlan,
+        rows: RankRows,
+        comm: Communicator,
+        *,
+        step: int,
+        wire: WireFormat,
+    ) -> None:
         self._plan, self._rows, self._comm, self._step = plan, rows, comm, step
+        self._format = wire
+        self._travels = len(plan.anchor) > 0 and plan.anchor_form is AnchorForm.shared
+        self._anchor_source = plan.layout.blocks[0].rank
+        self._parts = list(self._needed_parts())
         self._upstream_2KUD: Tensor | None = None
 
-    def start_anchor(self, layer: LayerInputs) -> Pending | None:
-        """Send or ask for the anchor; None where every rank that needs it has its own copy."""
-        if self._plan.anchor_form is AnchorForm.replicated or not len(self._plan.anchor):
-            return None
-        anchor = self._own_anchor(layer)
-        num_heads, head_dim = layer.q_HTD.shape[0], layer.q_HTD.shape[2]
-        kv_heads = layer.k_KTD.shape[0]
-        size = head_dim * (
-            2 * kv_heads * len(self._plan.anchor) + num_heads * self._plan.anchor.query_len
+    def question(self, layer: LayerInputs) -> Tensor:
+        """The query vectors ``[H, W, D]`` of the question in the anchor; waits for a shared one.
+
+        They are needed before anything can be selected and therefore precede the exchange.
+        """
+        query_rows = self._plan.anchor.query_rows
+        if not self._travels:
+            return layer.q_HTD[:, self._rows.anchor][:, query_rows]
+        num_heads, _, head_dim = layer.q_HTD.shape
+        query_HWD = layer.q_HTD.new_empty(
+            (num_heads, self._plan.anchor.query_len, head_dim), device="meta"
         )
-        source = self._plan.layout.blocks[0].rank
-        is_source = self._comm.rank == source
-        message = layer.k_KTD.new_empty(size, device=None if is_source else "meta")
-        if is_source:
-            for part, tensor in zip(self._split_anchor(message, layer), anchor, strict=True):
-                part.copy_(tensor)
-        tag = Tag(self._step, layer.layer_idx, Kind.ANCHOR)
-        return self._comm.broadcast(message, tag, src=source)
+        if self._comm.rank == self._anchor_source:
+            query_HWD = layer.q_HTD[:, self._rows.anchor][:, query_rows]
+        tag = Tag(self._step, layer.layer_idx, Kind.QUESTION)
+        return self._comm.broadcast(query_HWD, tag, src=self._anchor_source).wait()
 
-    def finish_anchor(self, layer: LayerInputs, pending: Pending | None) -> AnchorKV:
-        """This rank's view of the anchor, received or its own; empty where there is none."""
-        return (
-            self._own_anchor(layer)
-            if pending is None
-            else self._split_anchor(pending.wait(), layer)
-        )
+    def message(self, layer: LayerInputs, passing: Sequence[PassingBlock]) -> Tensor:
+        """What this rank has for later blocks, its own included, as it travels: ``[N, Y]``."""
+        parts = [*passing]
+        if self._travels and self._comm.rank == self._anchor_source:
+            parts.insert(0, PassingBlock(*self._own_anchor(layer)))
+        wire = self._wire(layer)
+        if not parts:
+            return layer.k_KTD.new_empty((0, wire.empty(0).shape[1]), dtype=wire.empty(0).dtype)
+        kv_2KND = torch.stack([torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)])
+        return wire.encode(kv_2KND.permute(2, 0, 1, 3))
 
-    def start_passing(self, layer: LayerInputs, passing: Sequence[PassingBlock]) -> Pending | None:
-        """Send this rank's passing blocks to all ranks; None where there is nothing to send."""
-        longest = max(self._plan.passing_lens, default=0)
-        if longest == 0:
-            return None
-        layout = self._plan.layout
-        most_blocks = max(len(layout.owned_by(rank)) for rank in range(layout.world_size))
-        kv_heads, _, head_dim = layer.k_KTD.shape
-        message_2NKPD = layer.k_KTD.new_empty((2, most_blocks, kv_heads, longest, head_dim))
-        for slot, (k_KPD, v_KPD) in enumerate(passing):
-            message_2NKPD[0, slot, :, : k_KPD.shape[1]] = k_KPD
-            message_2NKPD[1, slot, :, : v_KPD.shape[1]] = v_KPD
-        return self._comm.all_gather(message_2NKPD, Tag(self._step, layer.layer_idx, Kind.PASSING))
+    def start(self, layer: LayerInputs, message_NY: Tensor) -> Pending[dict[int, Tensor]]:
+        """Send to later ranks what they need of the message, and ask for what is needed here."""
+        others = [rank for rank in range(self._comm.world_size) if rank != self._comm.rank]
+        wire = self._wire(layer)
+        outgoing = {
+            rank: message_NY[:length]
+            for rank in others
+            if (length := self._sent_len(self._comm.rank, rank))
+        }
+        incoming = {
+            rank: wire.empty(length)
+            for rank in others
+            if (length := self._sent_len(rank, self._comm.rank))
+        }
+        tag = Tag(self._step, layer.layer_idx, Kind.UPSTREAM)
+        return self._comm.exchange(outgoing, incoming, tag)
 
-    def upstream(self, anchor: AnchorKV, pending: Pending | None) -> tuple[Tensor, Tensor]:
+    def upstream(
+        self, layer: LayerInputs, message_NY: Tensor, pending: Pending[dict[int, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values ``[K, U, D]``: the anchor, then the passing blocks that are needed here.
 
         Block ``b`` attends to the first ``plan.upstream_len(b)`` of them. The buffer is reused by
-        the next layer.
+        the next layer. Own passing blocks take the wire format too, so that results do not depend
+        on which rank a block is on.
         """
-        last = max((block.index for block, _ in self._rows.blocks), default=0)
-        kv_heads, _, head_dim = anchor.k_KAD.shape
-        shape = (2, kv_heads, self._plan.upstream_len(last), head_dim)
+        wire = self._wire(layer)
         if self._upstream_2KUD is None:
-            self._upstream_2KUD = anchor.k_KAD.new_empty(shape)
-        upstream_2KUD = self._upstream_2KUD
-        if last > 0:
-            upstream_2KUD[0, :, : len(self._plan.anchor)] = anchor.k_KAD
-            upstream_2KUD[1, :, : len(self._plan.anchor)] = anchor.v_KAD
-        if pending is not None:
-            self._unpack(pending.wait(), upstream_2KUD, last)
-        return upstream_2KUD[0], upstream_2KUD[1]
+            length = self._plan.upstream_len(self._plan.last_block(self._comm.rank))
+            self._upstream_2KUD = layer.k_KTD.new_empty(
+                (2, wire.num_kv_heads, length, wire.head_dim)
+            )
+        k_KUD, v_KUD = self._upstream_2KUD
+        if not self._travels and k_KUD.shape[1]:
+            k_KUD[:, : len(self._plan.anchor)], v_KUD[:, : len(self._plan.anchor)] = (
+                self._own_anchor(layer)
+            )
+        arrived = {**pending.wait(), self._comm.rank: message_NY}
+        decoded = {rank: wire.decode(rows_NY) for rank, rows_NY in arrived.items()}
+        for part in self._parts:
+            self._upstream_2KUD[:, :, part.upstream] = decoded[part.source][part.message].permute(
+                1, 2, 0, 3
+            )
+        return k_KUD, v_KUD
 
-    def _unpack(self, received_R2NKPD: Tensor, upstream_2KUD: Tensor, last: int) -> None:
-        layout = self._plan.layout
-        start = len(self._plan.anchor)
-        for block in layout.blocks[:last]:
-            slot = layout.owned_by(block.rank).index(block)
-            length = self._plan.passing_lens[block.index]
-            upstream_2KUD[:, :, start : start + length] = received_R2NKPD[
-                block.rank, :, slot, :, :length
-            ]
+    def _wire(self, layer: LayerInputs) -> Wire:
+        kv_heads, _, head_dim = layer.k_KTD.shape
+        return Wire(self._format, kv_heads, head_dim, layer.k_KTD.dtype)
+
+    def _own_anchor(self, layer: LayerInputs) -> tuple[Tensor, Tensor]:
+        return layer.k_KTD[:, self._rows.anchor], layer.v_KTD[:, self._rows.anchor]
+
+    def _message_parts(self, rank: int) -> Iterator[tuple[int, slice, int]]:
+        """A message's pieces: the block each belongs to (-1: the anchor), its place, its target."""
+        start, plan = 0, self._plan
+        if self._travels and rank == self._anchor_source:
+            start = len(plan.anchor)
+            yield -1, slice(0, start), 0
+        for block in plan.layout.owned_by(rank):
+            length = plan.passing_lens[block.index]
+            target = len(plan.anchor) + sum(plan.passing_lens[: block.index])
+            yield block.index, slice(start, start + length), target
             start += length
 
-    def _own_anchor(self, layer: LayerInputs) -> AnchorKV:
-        rows = self._rows.anchor
-        query = self._plan.anchor.query_rows if rows.stop else slice(0, 0)
-        return AnchorKV(layer.k_KTD[:, rows], layer.v_KTD[:, rows], layer.q_HTD[:, rows][:, query])
+    def _needed_parts(self) -> Iterator[_Part]:
+        last = self._plan.last_block(self._comm.rank)
+        for source in range(self._comm.world_size):
+            for index, place, target in self._message_parts(source):
+                if last > 0 and index < last and place.stop > place.start:
+                    stop = target + place.stop - place.start
+                    yield _Part(source, place, slice(target, stop))
 
-    def _split_anchor(self, message: Tensor, layer: LayerInputs) -> AnchorKV:
-        num_heads, _, head_dim = layer.q_HTD.shape
-        shape_KAD = (layer.k_KTD.shape[0], len(self._plan.anchor), head_dim)
-        shape_HWD = (num_heads, self._plan.anchor.query_len, head_dim)
-        kv_size = shape_KAD[0] * shape_KAD[1] * shape_KAD[2]
-        keys, values, queries = message.split([kv_size, kv_size, message.numel() - 2 * kv_size])
-        return AnchorKV(keys.view(shape_KAD), values.view(shape_KAD), queries.view(shape_HWD))
+    def _sent_len(self, source: int, target: int) -> int:
+        """How many tokens of its message a rank sends to another."""
+        last = self._plan.last_block(target)
+        if last == 0:
+            return 0
+        return max(
+            (place.stop for index, place, _ in self._message_parts(source) if index < last),
+            default=0,
+        )

@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from apb.errors import InputError
 from apb.layout import SequenceLayout
 from apb.methods.base import MethodConfig
-from apb.methods.blocks import BlockMethod
-from apb.methods.plan import PrefillPlan
-from apb.prompts.base import PromptTokens
+from apb.methods.blocks import BlockMethod, BlockSettings
+from apb.methods.plan import PlanRequest, PrefillPlan
 
 
 class FullMethod(BlockMethod):
     """Exact: rank 0 runs and caches the context as one block, and the other ranks hold nothing."""
 
-    def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
-        if num_blocks not in (None, 1):
+    def plan(self, request: PlanRequest) -> PrefillPlan:
+        if request.num_blocks not in (None, 1):
             raise InputError(
-                f"num_blocks={num_blocks} does not apply to method=full, which runs one block: "
-                "drop num_blocks or choose method=apb"
+                f"num_blocks={request.num_blocks} does not apply to method=full, which runs one "
+                "block: drop num_blocks or choose method=apb"
             )
-        context_len = len(prompt.context_ids)
-        return PrefillPlan(SequenceLayout.even(context_len, num_blocks=1, world_size=world_size))
+        return PrefillPlan(
+            SequenceLayout.even(request.context_len, num_blocks=1, world_size=request.world_size),
+            passing_lens=(0,),
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,4 +31,4 @@ class FullConfig(MethodConfig):
     """Config of `FullMethod`."""
 
     def build(self, *, seed: int) -> FullMethod:
-        return FullMethod()
+        return FullMethod(BlockSettings())

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from apb.layout import Block, SequenceLayout, choose_num_blocks
+from apb.cost import CostModel
+from apb.layout import Block, LayoutPolicy, SequenceLayout, choose_num_blocks
+from apb.prompts.base import PromptTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What a plan may depend on: lengths, ranks, and what they cost. The same on every rank."""
+
+    context_len: int
+    world_size: int
+    costs: CostModel
+    prefix_len: int = 0
+    query_len: int = 0
+    num_blocks: int | None = None
+    """As the user gave it."""
+
+    @classmethod
+    def of(
+        cls, prompt: PromptTokens, *, world_size: int, num_blocks: int | None, costs: CostModel
+    ) -> PlanRequest:
+        return cls(
+            context_len=len(prompt.context_ids),
+            prefix_len=len(prompt.prefix_ids),
+            query_len=len(prompt.query_ids),
+            world_size=world_size,
+            num_blocks=num_blocks,
+            costs=costs,
+        )
 
 
 class AnchorForm(Enum):
@@ -60,7 +89,8 @@ class PrefillPlan:
     """One prefill, the same on every rank.
 
     `passing_lens[b]` is what block ``b`` sends per KV head; 0 for the last block, which nobody
-    follows. `notes` are sentences for the user about what differs from the request.
+    follows. `notes` are sentences for the user about what differs from the request. `method` is
+    what was chosen where the method chooses.
     """
 
     layout: SequenceLayout
@@ -68,6 +98,7 @@ class PrefillPlan:
     anchor_form: AnchorForm = AnchorForm.replicated
     passing_lens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    method: str | None = None
 
     def excluded(self, block: Block) -> int:
         """How many of the block's first tokens may not be selected, as every anchor shows them."""
@@ -85,10 +116,37 @@ class PrefillPlan:
             return rank == self.layout.blocks[0].rank
         return any(block.index > 0 for block in self.layout.owned_by(rank))
 
-    def num_rows(self, rank: int) -> int:
-        """How many tokens the rank runs: its blocks, and the anchor unless block 0 is it."""
+    def copied_anchor(self, rank: int) -> int:
+        """Anchor tokens that the rank runs beside its blocks: none where block 0 is the anchor."""
         copied = self.runs_anchor(rank) and not self._anchor_is_block_0(rank)
-        return self.layout.tokens_on(rank) + (len(self.anchor) if copied else 0)
+        return len(self.anchor) if copied else 0
+
+    def num_rows(self, rank: int) -> int:
+        """How many tokens the rank runs: its blocks, and its copy of the anchor."""
+        return self.layout.tokens_on(rank) + self.copied_anchor(rank)
+
+    @property
+    def passes_everything(self) -> bool:
+        """Whether every block but the last passes on all that the anchor does not show."""
+        *others, _ = self.layout.blocks
+        return all(
+            self.passing_lens[block.index] == len(block) - self.excluded(block) for block in others
+        )
+
+    def received_tokens(self, rank: int) -> int:
+        """Upstream keys per KV head that come to the rank from other ranks, in each layer."""
+        last = self.last_block(rank)
+        passing = sum(
+            self.passing_lens[block.index]
+            for block in self.layout.blocks[:last]
+            if block.rank != rank
+        )
+        comes = last > 0 and not self.runs_anchor(rank)
+        return passing + (len(self.anchor) if comes else 0)
+
+    def last_block(self, rank: int) -> int:
+        """The rank's last block; it sees the most upstream keys. 0 for a rank without a block."""
+        return max((block.index for block in self.layout.owned_by(rank)), default=0)
 
     def _anchor_is_block_0(self, rank: int) -> bool:
         """Without the query the anchor is the beginning of block 0, its owner's copy then."""
@@ -116,21 +174,33 @@ class PrefillPlan:
 
 
 def cut_context(
-    context_len: int, *, num_blocks: int | None, world_size: int, min_block_len: int
+    request: PlanRequest, policy: LayoutPolicy, *, min_block_len: int
 ) -> tuple[SequenceLayout, tuple[str, ...]]:
-    """The blocks of a context, and a note for the user where they are fewer than asked for.
+    """Even blocks on the policy's ranks, and a note where they are fewer than asked for.
 
     Raises:
-        InputError: `num_blocks` is below the number of ranks.
+        InputError: the policy cannot deal out `num_blocks`.
     """
-    count = choose_num_blocks(
-        context_len, requested=num_blocks, world_size=world_size, min_block_len=min_block_len
+    context_len, world_size = request.context_len, request.world_size
+    count, wanted = (
+        choose_num_blocks(
+            length,
+            requested=request.num_blocks,
+            world_size=world_size,
+            min_block_len=min_block_len,
+            policy=policy,
+        )
+        for length in (context_len, sys.maxsize)
     )
-    layout = SequenceLayout.even(context_len, num_blocks=count, world_size=world_size)
-    wanted = num_blocks or world_size
+    cut = SequenceLayout.zigzag if policy is LayoutPolicy.zigzag else SequenceLayout.even
+    layout = cut(context_len, num_blocks=count, world_size=world_size)
     if count == wanted:
         return layout, ()
-    reason = "every block needs a token" if num_blocks else f"method.min_block_len={min_block_len}"
+    reason = (
+        "every block needs a token"
+        if request.num_blocks
+        else f"method.min_block_len={min_block_len}"
+    )
     idle = max(0, world_size - count)
     note = f"{context_len} context tokens fill {count} of {wanted} blocks ({reason})"
     return layout, (f"{note}: {idle} ranks only take part in decoding" if idle else note,)

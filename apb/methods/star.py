@@ -4,29 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from apb.layout import LayoutPolicy, SequenceLayout
+from apb.methods.balanced import balanced_behind_anchor
 from apb.methods.blocks import BlockConfig, BlockMethod
-from apb.methods.plan import Anchor, AnchorForm, PrefillPlan, cut_context
-from apb.prompts.base import PromptTokens
+from apb.methods.plan import Anchor, AnchorForm, PlanRequest, PrefillPlan, cut_context
 
 
 class StarMethod(BlockMethod):
     """Approximate (Acharya et al. 2024, https://arxiv.org/abs/2411.17116): no passing blocks."""
 
-    def __init__(self, *, min_block_len: int, anchor_form: AnchorForm) -> None:
-        super().__init__()
-        self._min_block_len = min_block_len
-        self._anchor_form = anchor_form
-
-    def plan(self, prompt: PromptTokens, *, world_size: int, num_blocks: int | None) -> PrefillPlan:
+    def plan(self, request: PlanRequest) -> PrefillPlan:
         layout, notes = cut_context(
-            len(prompt.context_ids),
-            num_blocks=num_blocks,
-            world_size=world_size,
-            min_block_len=self._min_block_len,
+            request, self._settings.layout, min_block_len=self._settings.min_block_len
         )
         count = len(layout.blocks)
-        anchor = Anchor(context_len=len(layout.blocks[0])) if count > 1 else Anchor()
-        return PrefillPlan(layout, anchor, self._anchor_form, (0,) * count, notes)
+        if count == 1:
+            return PrefillPlan(layout, passing_lens=(0,), notes=notes)
+
+        def plan_of(layout: SequenceLayout) -> PrefillPlan:
+            anchor = Anchor(context_len=len(layout.blocks[0]))
+            return PrefillPlan(layout, anchor, self._settings.anchor, (0,) * count, notes)
+
+        if self._settings.layout is not LayoutPolicy.balanced:
+            return plan_of(layout)
+        return balanced_behind_anchor(
+            lambda first_len: plan_of(_with_first(layout, first_len)),
+            request.costs,
+            longest=request.context_len - count + 1,
+        )
+
+
+def _with_first(layout: SequenceLayout, first_len: int) -> SequenceLayout:
+    """Block 0 with that many tokens, the others sharing what remains."""
+    rest = SequenceLayout.even(
+        layout.context_len - first_len, num_blocks=len(layout.blocks) - 1, world_size=1
+    )
+    return layout.with_lengths([first_len, *map(len, rest.blocks)])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,4 +49,4 @@ class StarConfig(BlockConfig):
     anchor: AnchorForm = AnchorForm.replicated
 
     def build(self, *, seed: int) -> StarMethod:
-        return StarMethod(min_block_len=self.min_block_len, anchor_form=self.anchor)
+        return StarMethod(self.settings())

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from apb.methods.placement import Placement
 from apb.prompts.base import PromptTokens
 from models import random_ids
 from rank_pool import RankPool
@@ -29,10 +30,13 @@ def outcomes(pool: RankPool, cases: Sequence[Case]) -> Iterator[tuple[Case, list
 
 
 def logits(pool: RankPool, cases: Sequence[Case]) -> list[Tensor]:
-    """Each case's logits, which are the same on every rank, bit for bit."""
+    """Each case's logits, which are the same on every rank that decodes, bit for bit."""
     result = []
     for case, ranks in outcomes(pool, cases):
         for rank in ranks[1:]:
+            if case.placement is Placement.rank0:
+                assert rank.logits_TV.numel() == 0, case
+                continue
             assert torch.equal(rank.logits_TV, ranks[0].logits_TV), case
         result.append(ranks[0].logits_TV)
     return result

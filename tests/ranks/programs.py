@@ -14,8 +14,10 @@ from apb.attention.sdpa import SdpaConfig
 from apb.comm import Communicator
 from apb.engine import Engine
 from apb.methods.base import MethodConfig
+from apb.methods.placement import Placement
 from apb.prompts.base import PromptTokens
 from models import apb_model
+from plans import make_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class Case:
     splits: tuple[int, ...] = ()
     """Lengths of the forward passes; empty is one pass."""
     num_blocks: int | None = None
+    placement: Placement = Placement.sharded
     backend: BackendConfig = field(default_factory=SdpaConfig)
     seed: int = 0
 
@@ -40,6 +43,7 @@ class Outcome(NamedTuple):
     """Cached by prefill."""
     kv_L2KSD: Tensor
     logits_TV: Tensor
+    """Empty where the rank has handed its shard over."""
 
 
 def run_cases(comm: Communicator, cases: Sequence[Case]) -> list[Outcome]:
@@ -48,26 +52,45 @@ def run_cases(comm: Communicator, cases: Sequence[Case]) -> list[Outcome]:
 
 def make_engine(comm: Communicator, case: Case) -> Engine:
     """A prefilled engine with room for the new tokens."""
-    method = case.method.build(seed=case.seed)
-    plan = method.plan(case.prompt, world_size=comm.world_size, num_blocks=case.num_blocks)
     engine = Engine(
-        model=apb_model(case.model), method=method, backend=case.backend.build(), comm=comm
+        model=apb_model(case.model),
+        method=case.method.build(seed=case.seed),
+        backend=case.backend.build(),
+        comm=comm,
     )
-    engine.prefill(case.prompt, plan, room=len(case.new_ids))
+    prefill(engine, case, room=len(case.new_ids))
     return engine
+
+
+def prefill(engine: Engine, case: Case, *, room: int) -> None:
+    plan = make_plan(
+        case.method,
+        case.prompt,
+        world_size=engine.comm.world_size,
+        num_blocks=case.num_blocks,
+        shape=apb_model(case.model).shape,
+    )
+    engine.prefill(case.prompt, plan, room=room, placement=case.placement)
 
 
 def _run_case(comm: Communicator, case: Case) -> Outcome:
     model = apb_model(case.model)
     engine = make_engine(comm, case)
-    cache = engine._cache
-    assert cache is not None
-    positions_S = cache.positions_S.clone()
-    layers = range(model.cache_shape.num_layers)
-    kv_L2KSD = torch.stack([torch.stack(cache.view(layer_idx)) for layer_idx in layers])
+    positions_S, kv_L2KSD = _cached(engine)
     passes = torch.tensor(case.new_ids).split(list(case.splits) or [len(case.new_ids)])
     hidden_TM = torch.cat([engine.extend(ids.tolist()) for ids in passes])
-    return Outcome(positions_S, kv_L2KSD, model.logits(hidden_TM))
+    logits_TV = model.logits(hidden_TM) if hidden_TM.numel() else torch.empty(0, 0)
+    return Outcome(positions_S, kv_L2KSD, logits_TV)
+
+
+def _cached(engine: Engine) -> tuple[Tensor, Tensor]:
+    """Positions and KV in this rank's cache; none where it has handed them over."""
+    layers, kv_heads, head_dim, dtype = engine.model.cache_shape
+    cache = engine._cache
+    if cache is None:
+        return torch.empty(0, dtype=torch.int64), torch.empty(layers, 2, kv_heads, 0, head_dim)
+    kv_L2KSD = torch.stack([torch.stack(cache.view(layer_idx)) for layer_idx in range(layers)])
+    return cache.positions_S.clone(), kv_L2KSD
 
 
 def run_rewound(comm: Communicator, case: Case) -> tuple[Tensor, Tensor]:

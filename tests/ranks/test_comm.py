@@ -15,7 +15,7 @@ from rank_pool import RankPool
 
 PoolOf = Callable[[int], RankPool]
 
-TAG = Tag(1, 0, Kind.PASSING)
+TAG = Tag(1, 0, Kind.UPSTREAM)
 WORLD_SIZES = (1, 2, 3)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 SHAPES = ((), (1,), (7,), (3, 5), (0,), (2, 0, 3), (2, 3, 1, 4))
@@ -115,7 +115,7 @@ def test_a_skipped_collective_is_an_error_that_names_both_messages(
         assert found, error
         assert f"rank {rank} waited for" in waited
         assert words in (received if rank == 0 else waited)
-        assert "passing of step 1, layer 0" in (waited if rank == 0 else received)
+        assert "upstream of step 1, layer 0" in (waited if rank == 0 else received)
         assert f"rank {1 - rank}" in received
         assert "\n" not in error
 

@@ -17,6 +17,8 @@ from apb.comm import Communicator
 from apb.compress.query import QueryConfig
 from apb.engine import Engine
 from apb.errors import RequestError
+from apb.generation import generate as generate_steps
+from apb.generation import logprobs
 from apb.methods.apb import ApbConfig
 from apb.methods.full import FullConfig
 from apb.metrics import Timeline
@@ -24,7 +26,7 @@ from apb.sampling import SamplingParams
 from models import NAMES, apb_model, hf_model, random_ids
 from rank_pool import RankPool, same_on_all_ranks
 from ranks.cases import make_prompt
-from ranks.programs import Case, make_engine
+from ranks.programs import Case, make_engine, prefill
 
 WORLD_SIZES = (1, 2, 3)
 MAX_TOKENS = 20
@@ -45,8 +47,8 @@ CASE = Case(
 
 def decode(engine: Engine, case: Case, params: SamplingParams, last: int | None) -> Tokens:
     timeline = Timeline(torch.device("cpu"))
-    steps = engine.generate(
-        case.new_ids, params, timeline=timeline, is_last=lambda token_id: token_id == last
+    steps = generate_steps(
+        engine, case.new_ids, params, timeline=timeline, is_last=lambda token_id: token_id == last
     )
     return [(step.token_id, step.finish_reason) for step in steps]
 
@@ -67,7 +69,8 @@ def cancel_after(comm: Communicator, case: Case, num_tokens: int) -> Tokens:
         asked.append(None)
         return comm.rank > 0 or len(asked) == num_tokens
 
-    steps = engine.generate(
+    steps = generate_steps(
+        engine,
         case.new_ids,
         GREEDY,
         timeline=Timeline(torch.device("cpu")),
@@ -89,7 +92,7 @@ def generate_with_broken_head(comm: Communicator, case: Case) -> tuple[list[str]
     try:
         for run in (
             lambda: decode(engine, case, GREEDY, None),
-            lambda: engine.logprobs(case.new_ids, case.new_ids),
+            lambda: logprobs(engine, case.new_ids, case.new_ids),
         ):
             try:
                 run()
@@ -97,9 +100,7 @@ def generate_with_broken_head(comm: Communicator, case: Case) -> tuple[list[str]
                 errors.append(str(error))
     finally:
         head.copy_(whole)
-    method = case.method.build(seed=0)
-    plan = method.plan(case.prompt, world_size=comm.world_size, num_blocks=case.num_blocks)
-    engine.prefill(case.prompt, plan, room=len(case.new_ids) + MAX_TOKENS)
+    prefill(engine, case, room=len(case.new_ids) + MAX_TOKENS)
     return errors, decode(engine, case, GREEDY, None)
 
 

@@ -12,7 +12,7 @@ from apb import comm
 from apb.comm import HEADER_BYTES, Communicator, Kind, Tag, _fields
 from apb.errors import EngineDeadError
 
-TAG = Tag(step=5, layer=2, kind=Kind.ANCHOR)
+TAG = Tag(step=5, layer=2, kind=Kind.QUESTION)
 X = torch.zeros(2, 3)
 
 Receive = Callable[[Sequence[int]], Tensor]
@@ -48,10 +48,13 @@ def test_the_awaited_header_is_accepted(receive: Receive) -> None:
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (_fields(TAG._replace(step=4), 1, X), "anchor of step 4, layer 2, rank 1, float32 [2, 3]"),
-        (_fields(TAG._replace(layer=3), 1, X), "anchor of step 5, layer 3"),
+        (
+            _fields(TAG._replace(step=4), 1, X),
+            "question of step 4, layer 2, rank 1, float32 [2, 3]",
+        ),
+        (_fields(TAG._replace(layer=3), 1, X), "question of step 5, layer 3"),
         (_fields(TAG._replace(kind=Kind.PARTIAL), 1, X), "partial of step 5"),
-        (_fields(TAG, 0, X), "anchor of step 5, layer 2, rank 0"),
+        (_fields(TAG, 0, X), "question of step 5, layer 2, rank 0"),
         (_fields(TAG, 1, X.mT), "float32 [3, 2]"),
         (_fields(TAG, 1, X.flatten()), "float32 [6]"),
         (_fields(TAG, 1, X.to(torch.bfloat16)), "bfloat16 [2, 3]"),
@@ -65,7 +68,7 @@ def test_any_other_header_is_an_error_that_names_both_messages(
     with pytest.raises(EngineDeadError) as error:
         receive(header)
     waited, _, received = str(error.value).partition("and received")
-    assert "rank 0 waited for anchor of step 5, layer 2, rank 1, float32 [2, 3]" in waited
+    assert "rank 0 waited for question of step 5, layer 2, rank 1, float32 [2, 3]" in waited
     assert words in received
 
 

@@ -15,14 +15,16 @@ ROOT = Path(__file__).parents[2]
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
     {"errors"},
-    {"paths", "layout", "comm", "cache", "metrics", "sampling", "prompts"}
+    {"paths", "layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
     | {"log", "output", "progress", "model_config"},
     {"attention"},
     {"compress"},
     {"methods"},
-    {"hf", "report", "table"},
+    {"hf", "report", "table", "agreement", "calibration"},
     {"engine"},
+    {"generation"},
     {"config"},
+    {"planning", "requests"},
     {"runner"},
     {"worker"},
     {"launchers"},

@@ -16,6 +16,7 @@ from apb.methods.full import FullConfig
 from apb.methods.plan import AnchorForm, PrefillPlan
 from apb.methods.star import StarConfig
 from apb.prompts.base import PromptTokens
+from plans import make_plan
 
 QUERY = 10_000
 """Token ids say what they are: context token i is i and query token i is QUERY + i."""
@@ -44,7 +45,7 @@ def plan_apb(
         passing_len=passing_len,
         min_block_len=min_block_len,
     )
-    return config.build(seed=0).plan(prompt, world_size=world_size, num_blocks=num_blocks)
+    return make_plan(config, prompt, world_size=world_size, num_blocks=num_blocks)
 
 
 PROMPTS = st.builds(make_prompt, st.integers(0, 30), st.integers(1, 150), st.integers(0, 40))
@@ -67,8 +68,8 @@ def any_plans(draw: st.DrawFn) -> tuple[PromptTokens, PrefillPlan]:
             passing_len=draw(SHARES),
             form=form,
         )
-    star = StarConfig(min_block_len=1, anchor=form).build(seed=0)
-    return prompt, star.plan(prompt, world_size=world_size, num_blocks=num_blocks)
+    star = StarConfig(min_block_len=1, anchor=form)
+    return prompt, make_plan(star, prompt, world_size=world_size, num_blocks=num_blocks)
 
 
 @given(drawn=any_plans(), rng=st.randoms(use_true_random=False))
@@ -226,8 +227,7 @@ def test_one_block_has_neither_anchor_nor_passing_block() -> None:
 
 
 def test_full_is_one_block_on_rank_0_and_refuses_more() -> None:
-    method = FullConfig().build(seed=0)
-    plan = method.plan(make_prompt(2, 50, 5), world_size=3, num_blocks=None)
+    plan = make_plan(FullConfig(), make_prompt(2, 50, 5), world_size=3)
     assert [plan.num_rows(rank) for rank in range(3)] == [52, 0, 0]
     with pytest.raises(InputError, match="num_blocks=2"):
-        method.plan(make_prompt(2, 50, 5), world_size=3, num_blocks=2)
+        make_plan(FullConfig(), make_prompt(2, 50, 5), world_size=3, num_blocks=2)

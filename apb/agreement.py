@@ -1,0 +1,43 @@
+"""What ranks have to agree on before they run a request together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from apb.comm import Communicator, Kind, Tag
+from apb.errors import InputError
+from apb.methods.decode import OWNER
+
+T = TypeVar("T")
+
+
+def together(comm: Communicator, request: object, prepare: Callable[[], T]) -> T:
+    """`prepare` on every rank; all ranks raise unless all succeed, and on the same request.
+
+    What can fail on one rank alone, such as reading weights, belongs in `prepare`: a rank that
+    failed later would leave the others waiting for it.
+
+    Raises:
+        InputError: a rank could not prepare, or was given another request.
+    """
+    result, cause = None, None
+    try:
+        result = prepare()
+    except InputError as error:
+        cause = str(error)
+    digest = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+    tag = Tag(0, 0, Kind.REPORT)
+    for rank, (theirs, failure) in enumerate(comm.all_gather_json([digest, cause], tag)):
+        if failure is not None:
+            raise InputError(failure if cause == failure else f"rank {rank}: {failure}")
+        if theirs != digest:
+            raise InputError(f"rank {rank} was given another request than this rank")
+    return cast(T, result)
+
+
+def from_owner(comm: Communicator, value: Any) -> Any:
+    """The owner's JSON value on every rank."""
+    return comm.all_gather_json(value, Tag(0, 0, Kind.REPORT))[OWNER]

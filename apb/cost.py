@@ -1,0 +1,145 @@
+"""What a prefill or a decoding step costs: work counted in integers, time predicted from rates.
+
+FLOPs count a multiplication and an addition as two. Per layer, a row costs its linear layers, and a
+query-key pair of one head ``4 * head_dim`` (score and weighted value).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_FEMTO = 10**15
+
+
+class ModelShape(NamedTuple):
+    """The sizes of a decoder-only model with gated MLPs."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of one layer's linear maps: q, k, v, o, gate, up and down."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model, input and output embeddings counted apart."""
+        embeddings = 2 * self.vocab_size * self.hidden_size
+        return self.num_layers * self.linear_parameters + embeddings
+
+    @property
+    def kv_elements(self) -> int:
+        """What one layer caches per token."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What one rank does per second, for one dtype."""
+
+    linear_flops: float
+    attention_flops: float
+    memory_bytes: float
+    """Weights and KV read while decoding."""
+    link_bytes: float
+    """From another rank."""
+    latency_s: float
+    """Of a small message between ranks."""
+    source: str
+    """Where the figures come from, for the user."""
+
+
+NOMINAL_CPU = Rates(
+    linear_flops=6e10,
+    attention_flops=6e10,
+    memory_bytes=1e10,
+    link_bytes=1e9,
+    latency_s=3e-4,
+    source="nominal figures of a CPU core; `python -m apb.calibrate` measures this machine",
+)
+NOMINAL_GPU = Rates(
+    linear_flops=5e14,
+    attention_flops=4e14,
+    memory_bytes=3e12,
+    link_bytes=1e11,
+    latency_s=3e-5,
+    source="nominal figures of an H100; `python -m apb.calibrate` measures this machine",
+)
+
+
+class Workload(NamedTuple):
+    """One rank's work in one layer of a prefill."""
+
+    rows: int
+    """Tokens that run through the layer."""
+    head_pairs: int
+    """Query-key pairs, counted for every query head."""
+    received: int = 0
+    """Elements that arrive from other ranks."""
+    messages: int = 0
+    """Exchanges that have to be waited for one after the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Predicted seconds of a model on a machine."""
+
+    shape: ModelShape
+    rates: Rates
+    itemsize: int
+    """Bytes of an element of the dtype."""
+
+    @property
+    def row_cost(self) -> int:
+        """Femtoseconds of one row in one layer."""
+        return max(1, round(2 * self.shape.linear_parameters / self.rates.linear_flops * _FEMTO))
+
+    @property
+    def pair_cost(self) -> int:
+        """Femtoseconds of one query-key pair in all heads of one layer."""
+        flops = 4 * self.shape.num_heads * self.shape.head_dim
+        return max(1, round(flops / self.rates.attention_flops * _FEMTO))
+
+    @property
+    def token_wire_cost(self) -> int:
+        """Femtoseconds to receive one token's keys and values of one layer."""
+        return round(self.shape.kv_elements * self.itemsize / self.rates.link_bytes * _FEMTO)
+
+    def layer_s(self, work: Workload) -> float:
+        """One rank's layer: linear maps and attention, and what attention cannot hide of the wire.
+
+        Exchanges run while attention does, so that only the longer of the two counts.
+        """
+        attention_s = 4 * self.shape.head_dim * work.head_pairs / self.rates.attention_flops
+        wire_s = (
+            work.received * self.itemsize / self.rates.link_bytes
+            + work.messages * self.rates.latency_s
+        )
+        return work.rows * self.row_cost / _FEMTO + max(attention_s, wire_s)
+
+    def prefill_s(self, works: Sequence[Workload]) -> float:
+        """All layers on the slowest rank."""
+        return self.shape.num_layers * max(map(self.layer_s, works))
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        """The cache of that many tokens, all layers."""
+        return num_tokens * self.shape.num_layers * self.shape.kv_elements * self.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.shape.num_parameters * self.itemsize
+
+    def step_s(self, shard_tokens: int, *, world_size: int) -> float:
+        """One decoding step over a shard, with one gather per layer among several ranks."""
+        read = self.weight_bytes + self.kv_bytes(shard_tokens)
+        gathers = self.shape.num_layers if world_size > 1 else 0
+        return read / self.rates.memory_bytes + gathers * self.rates.latency_s

@@ -1,0 +1,82 @@
+"""From a prompt to who runs what and where KV goes, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from apb.agreement import from_owner
+from apb.calibration import known_rates
+from apb.comm import Communicator
+from apb.config import RunConfig
+from apb.cost import CostModel, ModelShape, Rates
+from apb.methods.base import AttentionMethod
+from apb.methods.decode import OWNER
+from apb.methods.placement import Placement, choose_placement
+from apb.methods.plan import PlanRequest, PrefillPlan
+from apb.metrics import free_memory
+from apb.prompts.base import PromptTokens
+
+
+class Planner:
+    """Plans requests by the method's rules and the owner's rates."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        comm: Communicator,
+        method: AttentionMethod,
+        *,
+        shape: ModelShape,
+        dtype: torch.dtype,
+    ) -> None:
+        self._config, self._comm, self._method = config, comm, method
+        self._shape, self._dtype = shape, dtype
+        self._costs: CostModel | None = None
+
+    def agree_on_costs(self) -> CostModel:
+        """The cost model by the owner's rates; the first call asks the owner. On all ranks."""
+        if self._costs is None:
+            rates = known_rates(self._comm.device, self._dtype)
+            self._costs = CostModel(
+                shape=self._shape,
+                rates=Rates(**from_owner(self._comm, asdict(rates))),
+                itemsize=self._dtype.itemsize,
+            )
+        return self._costs
+
+    def plan(self, prompt: PromptTokens) -> PrefillPlan:
+        """Raises InputError where the settings do not fit; `agree_on_costs` has run."""
+        assert self._costs is not None, "plan before the ranks agree on costs"
+        return self._method.plan(
+            PlanRequest.of(
+                prompt,
+                world_size=self._comm.world_size,
+                num_blocks=self._config.num_blocks,
+                costs=self._costs,
+            )
+        )
+
+    def propose_placement(self, plan: PrefillPlan, *, room: int, weights_loaded: bool) -> Placement:
+        """Where the owner wants KV; the other ranks, whose memory does not matter, want anything.
+
+        Raises:
+            InputError: the owner cannot hold what it is told to.
+        """
+        assert self._costs is not None, "placement before the ranks agree on costs"
+        wanted = self._config.decode.placement
+        if self._comm.rank != OWNER:
+            return wanted
+        return choose_placement(
+            wanted,
+            plan.layout,
+            self._costs,
+            room=room,
+            free_bytes=free_memory(self._comm.device),
+            weights_loaded=weights_loaded,
+        )
+
+    def agree_on_placement(self, proposed: Placement) -> Placement:
+        """The owner's proposal. On all ranks."""
+        return Placement(from_owner(self._comm, proposed.value))
