@@ -48,7 +48,8 @@ class AutoMethod(AttentionMethod):
             name, plan = best, exact[best]
         reason = (
             f"method=auto chose {name}: predicted prefill {seconds[best]:.3g} s with {best}, the "
-            f"fastest exact method, and {approximate_s:.3g} s with apb ({request.costs.rates.source})"
+            f"fastest exact method, and {approximate_s:.3g} s with apb; by "
+            f"{request.costs.rates.source}"
         )
         return replace(plan, method=name, notes=(*plan.notes, reason))
 

@@ -85,7 +85,7 @@ def _run_case(comm: Communicator, case: Case) -> Outcome:
 
 def _cached(engine: Engine) -> tuple[Tensor, Tensor]:
     """Positions and KV in this rank's cache; none where it has handed them over."""
-    layers, kv_heads, head_dim, dtype = engine.model.cache_shape
+    layers, kv_heads, head_dim, _ = engine.model.cache_shape
     cache = engine._cache
     if cache is None:
         return torch.empty(0, dtype=torch.int64), torch.empty(layers, 2, kv_heads, 0, head_dim)
