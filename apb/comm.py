@@ -41,6 +41,7 @@ class Kind(IntEnum):
     HEADS = 7
     ROWS = 8
     SHARD = 9
+    AUDIT = 10
 
 
 class Tag(NamedTuple):

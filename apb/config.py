@@ -30,6 +30,7 @@ from apb.compress.random import RandomConfig
 from apb.compress.window import WindowConfig
 from apb.errors import InputError
 from apb.methods.apb import ApbConfig
+from apb.methods.audit import AuditSample
 from apb.methods.auto import AutoConfig
 from apb.methods.base import MethodConfig
 from apb.methods.full import FullConfig
@@ -102,6 +103,37 @@ class DecodeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AuditConfig:
+    """What a request may be checked for while it runs; ``audit=true`` is short for `enabled`.
+
+    Attributes:
+        enabled: compare sampled rows of an approximate prefill with exact attention.
+        rows: of the context, in all.
+        heads: query heads of each row.
+        layers: at most, evenly spread.
+        max_error: output error in any layer above which the request is answered again exactly.
+    """
+
+    enabled: bool = False
+    rows: int = 32
+    heads: int = 4
+    layers: int = 8
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "heads", "layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"audit.{name}={getattr(self, name)} must be at least 1")
+        if self.max_error is not None:
+            if self.max_error < 0:
+                raise InputError(f"audit.max_error={self.max_error} must not be negative")
+            self.enabled = True
+
+    def sample(self) -> AuditSample:
+        return AuditSample(rows=self.rows, heads=self.heads, layers=self.layers)
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Everything a run can be told.
 
@@ -122,6 +154,7 @@ class RunConfig:
     prompt: PromptConfig = MISSING
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     num_blocks: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -167,6 +200,8 @@ def normalised(overrides: Sequence[str]) -> list[str]:
     result = []
     for override in overrides:
         key, equals, value = override.partition("=")
+        if key == "audit" and equals:
+            override = f"audit.enabled={value}"
         if key in FREE_TEXT and equals and not _QUOTED.fullmatch(value):
             override = f"{key}={quoted(value)}"
         result.append(f"+{override}" if key in APPEND_ONLY else override)

@@ -14,7 +14,8 @@ from torch import Tensor
 from apb.attention.base import AttentionBackend, LayerInputs
 from apb.cache import CacheShape, KVCacheShard
 from apb.comm import Communicator, Kind, Tag
-from apb.methods.base import Attend, AttentionMethod, KVSink, PrefillContext
+from apb.methods.audit import Auditor
+from apb.methods.base import Attend, AttentionMethod, PrefillContext
 from apb.methods.decode import OWNER, ShardedDecode
 from apb.methods.handoff import HandOff
 from apb.methods.placement import Placement
@@ -62,6 +63,8 @@ class Engine:
         *,
         room: int,
         placement: Placement = Placement.sharded,
+        method: AttentionMethod | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         """Fill the cache with the context. The query only steers the anchor here.
 
@@ -70,39 +73,48 @@ class Engine:
             plan: from `AttentionMethod.plan`, the same on every rank.
             room: how many new tokens the owner must be able to cache afterwards.
             placement: `sharded`, or `rank0` to move all KV to the owner on the way.
+            method: whose plan it is, if not the engine's own method's.
+            auditor: looks on.
         """
         assert placement is not Placement.auto, "the placement has to be chosen before"
-        rank, device = self.comm.rank, self.model.device
-        rows = plan.rows(rank, prompt.context_ids, prompt.query_ids)
         self.release()
-        step = self._next_step()
         self._gathered = placement is Placement.rank0
-        tokens = plan.layout.context_len if self._gathered else plan.layout.tokens_on(rank)
-        if self.is_owner or not self._gathered:
-            capacity = tokens + (room if self.is_owner else 0)
-            self._cache = KVCacheShard(self.model.cache_shape, capacity=capacity, device=device)
+        self._cache = self._new_cache(plan, room)
+        step = self._next_step()
         hand_off = HandOff(
             plan.layout, self.model.cache_shape, self.comm, step=step, cache=self._cache
         )
-        sink: KVSink | None = hand_off if self._gathered else self._cache
-        assert sink is not None
+        rows = plan.rows(self.comm.rank, prompt.context_ids, prompt.query_ids)
         context = PrefillContext(
-            plan=plan, rows=rows, cache=sink, comm=self.comm, backend=self._backend, step=step
+            plan=plan,
+            rows=rows,
+            cache=self._cache if self._cache is not None and not self._gathered else hand_off,
+            comm=self.comm,
+            backend=self._backend,
+            step=step,
+            auditor=auditor,
         )
-        positions_T = torch.tensor(rows.positions, dtype=torch.int64, device=device)
-        attend = self._method.begin(context)
-        self.model.forward(rows.token_ids, positions_T, self._observed(attend))
+        attend = self._observed((method or self._method).begin(context))
+        self.model.forward(rows.token_ids, self._positions(rows.positions), attend)
         hand_off.finish()
         self.comm.verify()
         self.next_position = plan.layout.context_len
-        if self._cache is None:
-            return
-        if self._gathered:
-            positions_T = torch.tensor(hand_off.positions(), dtype=torch.int64, device=device)
-            self._cache.commit(positions_T)
-        else:
-            self._cache.commit(positions_T[rows.local])
-        self._decode = ShardedDecode(self._cache, self.decode_comm, self._backend)
+        if self._cache is not None:
+            cached = hand_off.positions() if self._gathered else rows.positions[rows.local]
+            self._cache.commit(self._positions(cached))
+            self._decode = ShardedDecode(self._cache, self.decode_comm, self._backend)
+
+    def _new_cache(self, plan: PrefillPlan, room: int) -> KVCacheShard | None:
+        """Room for what this rank will hold; None where that is nothing."""
+        if self._gathered and not self.is_owner:
+            return None
+        layout = plan.layout
+        tokens = layout.context_len if self._gathered else layout.tokens_on(self.comm.rank)
+        capacity = tokens + (room if self.is_owner else 0)
+        return KVCacheShard(self.model.cache_shape, capacity=capacity, device=self.model.device)
+
+    def _positions(self, positions: Sequence[int]) -> Tensor:
+        return torch.tensor(positions, dtype=torch.int64, device=self.model.device)
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Hidden states ``[T, M]`` of new tokens, which see the context and causally each other.

@@ -23,6 +23,17 @@ class RankLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFinding:
+    """An audited layer, averaged over the sampled rows."""
+
+    layer: int
+    recovered_mass: float
+    """Exact attention probability on the keys that the rows saw, from 0 to 1."""
+    output_error: float
+    """Distance of the attention output from the exact one, relative to the latter's norm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
     """What one request cost. Lists have one entry per rank; times are rank 0's, in seconds."""
 
@@ -47,6 +58,8 @@ class RequestMetrics:
     versions: dict[str, str]
     device: str
     dtype: str
+    audit: list[LayerFinding] = field(default_factory=list)
+    """Of each audited layer of an approximate prefill: recovered mass and output error."""
     notes: list[str] = field(default_factory=list)
     """Sentences about what differs from the request, such as fewer blocks."""
 
@@ -65,6 +78,7 @@ class RequestOutput:
     def from_json(cls, fields: dict[str, Any]) -> RequestOutput:
         metrics = dict(fields["metrics"])
         metrics["layout"] = [RankLayout(**rank) for rank in metrics["layout"]]
+        metrics["audit"] = [LayerFinding(**layer) for layer in metrics["audit"]]
         return cls(**{**fields, "metrics": RequestMetrics(**metrics)})
 
     def to_json(self) -> dict[str, Any]:

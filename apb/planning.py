@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from apb.agreement import from_owner
 from apb.calibration import known_rates
 from apb.comm import Communicator
-from apb.config import RunConfig
+from apb.config import RunConfig, plugin_name
 from apb.cost import CostModel, ModelShape, Rates
+from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement, choose_placement
 from apb.methods.plan import PlanRequest, PrefillPlan
+from apb.methods.zigzag import ZigzagConfig
 from apb.metrics import free_memory
 from apb.prompts.base import PromptTokens
 
@@ -48,14 +50,26 @@ class Planner:
 
     def plan(self, prompt: PromptTokens) -> PrefillPlan:
         """Raises InputError where the settings do not fit; `agree_on_costs` has run."""
+        return self._method.plan(self._request(prompt, num_blocks=self._config.num_blocks))
+
+    def exact(self, prompt: PromptTokens) -> tuple[AttentionMethod, PrefillPlan]:
+        """An exact method that runs any prompt on any number of ranks, and its plan."""
+        config = ZigzagConfig()
+        method = config.build(seed=0)
+        plan = method.plan(self._request(prompt, num_blocks=None))
+        return method, replace(plan, method=plugin_name("method", config))
+
+    def auditor(self, plan: PrefillPlan) -> Auditor | None:
+        """Who looks on while the plan runs; None where nobody is asked to."""
+        if not self._config.audit.enabled:
+            return None
+        sample = self._config.audit.sample()
+        return Auditor(sample, plan, self._comm, self._shape, seed=self._config.seed)
+
+    def _request(self, prompt: PromptTokens, *, num_blocks: int | None) -> PlanRequest:
         assert self._costs is not None, "plan before the ranks agree on costs"
-        return self._method.plan(
-            PlanRequest.of(
-                prompt,
-                world_size=self._comm.world_size,
-                num_blocks=self._config.num_blocks,
-                costs=self._costs,
-            )
+        return PlanRequest.of(
+            prompt, world_size=self._comm.world_size, num_blocks=num_blocks, costs=self._costs
         )
 
     def propose_placement(self, plan: PrefillPlan, *, room: int, weights_loaded: bool) -> Placement:

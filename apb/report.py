@@ -13,7 +13,7 @@ from apb.comm import Communicator
 from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan
 from apb.metrics import PeakMemory, Timeline
-from apb.output import RankLayout, RequestMetrics
+from apb.output import LayerFinding, RankLayout, RequestMetrics
 from apb.prompts.base import PromptTokens
 
 
@@ -51,6 +51,7 @@ class RequestMeter:
         *,
         method: str,
         placement: Placement,
+        audit: list[LayerFinding],
         dtype: torch.dtype,
         generated: int,
     ) -> RequestMetrics:
@@ -62,6 +63,7 @@ class RequestMeter:
             generated_tokens=generated,
             method=plan.method or method,
             placement=placement.value,
+            audit=audit,
             num_blocks=len(plan.layout.blocks),
             layout=[rank_layout(plan, rank) for rank in range(plan.layout.world_size)],
             prefill_s=ranks[0]["prefill_s"],

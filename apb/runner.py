@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,11 +24,10 @@ from apb.hf.tokenizer import stop_ids
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan
-from apb.output import RequestOutput
+from apb.output import LayerFinding, RequestOutput
 from apb.planning import Planner
 from apb.progress import Progress
 from apb.prompts.answer import AnswerText
-from apb.prompts.base import PromptTokens
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Given, Question, RequestReader
@@ -44,6 +44,8 @@ class _Ready(NamedTuple):
     placement: Placement
     prepared_s: float
     """How long the checks took; loading is not among them."""
+    findings: list[LayerFinding]
+    """Of the audit, once the prefill has run."""
 
 
 class RequestRunner:
@@ -126,7 +128,7 @@ class RequestRunner:
                 plan, room=request.room, weights_loaded=self._engine is not None
             )
             prepared_s = time.perf_counter() - begin
-            return request, _Ready(self._load(), plan, placement, prepared_s)
+            return request, _Ready(self._load(), plan, placement, prepared_s, [])
 
         request, ready = together(self._comm, arguments, prepare)
         placement = self._planner.agree_on_placement(ready.placement)
@@ -148,7 +150,7 @@ class RequestRunner:
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
             with meter.timeline.phase("prefill"):
-                self._prefill(request.prompt, ready, room=request.room)
+                ready = self._read(request, ready)
             self._progress.begin("answering, tokens", request.sampling.max_tokens)
             output = yield from self._answer(request, ready, meter, is_cancelled)
         finally:
@@ -156,8 +158,26 @@ class RequestRunner:
             ready.engine.release()
         yield {"result": output.to_json()}
 
-    def _prefill(self, prompt: PromptTokens, ready: _Ready, *, room: int) -> None:
-        ready.engine.prefill(prompt, ready.plan, room=room, placement=ready.placement)
+    def _read(self, request: Question | Continuation, ready: _Ready) -> _Ready:
+        """Prefill; once more and exactly where the audit finds too large an error."""
+        prefill = partial(
+            ready.engine.prefill, request.prompt, room=request.room, placement=ready.placement
+        )
+        auditor = self._planner.auditor(ready.plan)
+        prefill(ready.plan, auditor=auditor)
+        findings = [] if auditor is None else auditor.findings()
+        limit = self._config.audit.max_error
+        worst = max(findings, key=lambda finding: finding.output_error, default=None)
+        if worst is None or limit is None or worst.output_error <= limit:
+            return ready._replace(findings=findings)
+        method, plan = self._planner.exact(request.prompt)
+        self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
+        prefill(plan, method=method)
+        note = (
+            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
+            f"above audit.max_error={limit}, so the document was read again with {plan.method}"
+        )
+        return ready._replace(findings=findings, plan=replace(plan, notes=(*plan.notes, note)))
 
     def _answer(
         self,
@@ -203,6 +223,7 @@ class RequestRunner:
             ready.engine.report(meter.local()),
             method=plugin_name("method", self._config.method),
             placement=ready.placement,
+            audit=ready.findings,
             dtype=self._dtype,
             generated=len(steps),
         )
@@ -221,7 +242,7 @@ class RequestRunner:
             partial(self._reader.continuation, document, continuation, query),
         )
         try:
-            self._prefill(request.prompt, ready, room=request.room)
+            self._read(request, ready)
             return logprobs(ready.engine, request.rows, request.targets)
         finally:
             ready.engine.release()

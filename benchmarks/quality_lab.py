@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from apb.engine import Engine
 from apb.generation import generate, logprobs
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer, stop_ids
+from apb.layout import SequenceLayout
 from apb.methods.plan import PlanRequest
 from apb.metrics import Timeline
 from apb.prompts.answer import AnswerText
@@ -25,13 +27,18 @@ from apb.sampling import SamplingParams
 from apb.worker import choose_device
 
 REFERENCE = "full"
+_APB = ("method=apb", "method.anchor=shared", "method.layout=balanced")
+_PAPER = ("method=apb", "method.anchor=replicated", "method.layout=even")
 METHODS: Mapping[str, tuple[str, ...]] = {
     REFERENCE: ("method=full",),
     "star": ("method=star",),
-    "apb-query": ("method=apb", "method/compressor=query"),
-    "apb-window": ("method=apb", "method/compressor=window"),
-    "apb-knorm": ("method=apb", "method/compressor=knorm"),
-    "apb-random": ("method=apb", "method/compressor=random"),
+    "apb-query": (*_APB, "method/compressor=query"),
+    "apb-window": (*_APB, "method/compressor=window"),
+    "apb-knorm": (*_APB, "method/compressor=knorm"),
+    "apb-random": (*_APB, "method/compressor=random"),
+    "apb-window-paper": (*_PAPER, "method/compressor=window"),
+    "apb-query-paper": (*_PAPER, "method/compressor=query"),
+    "apb-window-int8": (*_APB, "method/compressor=window", "method.wire=int8"),
 }
 """Name in the report to Hydra overrides. The first is what the others are compared with."""
 
@@ -39,7 +46,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 class Lab:
     """Runs one document at a time with any of the methods, on one rank.
 
-    Results do not depend on the number of ranks, only on the number of blocks.
+    Plans are those of one rank per block; what is computed does not depend on where blocks run.
     """
 
     def __init__(
@@ -97,8 +104,10 @@ class Lab:
             shape=self._model.shape, rates=NOMINAL_CPU, itemsize=self._model.dtype.itemsize
         )
         plan = self._methods[method].plan(
-            PlanRequest.of(prompt, world_size=1, num_blocks=num_blocks, costs=costs)
+            PlanRequest.of(prompt, world_size=num_blocks or 1, num_blocks=num_blocks, costs=costs)
         )
+        lengths = [len(block) for block in plan.layout.blocks]
+        here = SequenceLayout.from_lengths(lengths, [0] * len(lengths), world_size=1)
         self._engine = Engine(
             model=self._model,
             method=self._methods[method],
@@ -107,7 +116,7 @@ class Lab:
         )
         timeline = Timeline(self.device)
         with timeline.phase("prefill"):
-            self._engine.prefill(prompt, plan, room=room)
+            self._engine.prefill(prompt, replace(plan, layout=here), room=room)
         return timeline.phases_s["prefill"]
 
     def answer_logprob(self, query_ids: Sequence[int], answer_ids: Sequence[int]) -> float:

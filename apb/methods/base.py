@@ -12,6 +12,7 @@ from torch import Tensor
 from apb.attention.base import AttentionBackend, LayerInputs
 from apb.comm import Communicator
 from apb.cost import ModelShape, Workload
+from apb.methods.audit import Auditor
 from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
 
 Attend = Callable[[LayerInputs], Tensor]
@@ -34,6 +35,7 @@ class PrefillContext:
     comm: Communicator
     backend: AttentionBackend
     step: int
+    auditor: Auditor | None = None
 
 
 class AttentionMethod(ABC):

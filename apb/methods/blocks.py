@@ -116,6 +116,9 @@ class _BlockPrefill:
         segments = self._upstream_segments(*upstream)
         if segments:
             partial = backend.attend(layer.q_HTD, segments, scale=layer.scale, carry=partial)
+        if self._context.auditor is not None:
+            rows = self._context.rows
+            self._context.auditor.observe(layer, rows, partial.out_THD, upstream[0])
         return partial.out_THD
 
     def _select(self, layer: LayerInputs) -> Iterator[PassingBlock]:
