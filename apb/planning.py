@@ -48,6 +48,21 @@ class Planner:
             )
         return self._costs
 
+    def check(self, context_len: int) -> None:
+        """Plan a document of that length, so that settings that never fit are refused early.
+
+        Raises:
+            InputError: the settings do not fit the model, the ranks or any shorter document.
+        """
+        self._method.plan(
+            PlanRequest(
+                context_len=context_len,
+                world_size=self._comm.world_size,
+                num_blocks=self._config.num_blocks,
+                costs=self.agree_on_costs(),
+            )
+        )
+
     def plan(self, prompt: PromptTokens) -> PrefillPlan:
         """Raises InputError where the settings do not fit; `agree_on_costs` has run."""
         return self._method.plan(self._request(prompt, num_blocks=self._config.num_blocks))

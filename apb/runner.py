@@ -80,7 +80,8 @@ class RequestRunner:
             RequestError: the request failed while it ran, on every rank.
         """
         if op == "load":
-            together(self._comm, op, self._load)
+            self._planner.agree_on_costs()
+            together(self._comm, op, self._check_and_load)
             yield {"result": None}
         elif op == "needle":
             case = make_needle(self._reader.count_tokens, **arguments)
@@ -97,6 +98,11 @@ class RequestRunner:
     def is_owner(self) -> bool:
         """Whether this rank's replies are the ones to pass on."""
         return self._comm.rank == OWNER
+
+    def _check_and_load(self) -> Engine:
+        if not self._config.allow_beyond_context:
+            self._planner.check(self._hf_config.max_position_embeddings)
+        return self._load()
 
     def _load(self) -> Engine:
         """The engine; the first call loads the weights."""

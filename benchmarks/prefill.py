@@ -41,7 +41,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--repeats", type=int, nargs="+", default=[3], help="one number, or one for each length"
     )
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=("hf-wide", "full"), help="variants to leave out"
+        "--skip",
+        nargs="*",
+        default=[],
+        choices=("hf-wide", "full", "apb-even"),
+        help="variants to leave out",
     )
     parser.add_argument("--out", type=Path, default=REPORTS)
     parser.add_argument(
@@ -57,12 +61,15 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
         Variant("hf", "Hugging Face `sdpa`", ranks=1, threads=threads),
         Variant("hf-wide", "the same in apb's `WideLinears`", ranks=1, threads=threads),
         Variant("full", "apb, method=full", ("method=full",), ranks=1, threads=threads),
-        Variant(
-            "apb",
-            f"apb, method=apb, {args.blocks} blocks",
-            ("method=apb", blocks),
-            ranks=args.ranks,
-            threads=max(1, threads // args.ranks),
+        *(
+            Variant(
+                name,
+                f"apb, method=apb, {args.blocks} blocks, method.layout={layout}",
+                ("method=apb", blocks, f"method.layout={layout}"),
+                ranks=args.ranks,
+                threads=max(1, threads // args.ranks),
+            )
+            for name, layout in (("apb-even", "even"), ("apb", "balanced"))
         ),
     ]
     if args.dtype == "float32" or has_fast_bf16(torch.device("cpu")):

@@ -55,12 +55,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def report_stem(benchmark: str, model: str) -> str:
+    """What a report is called, without its ending."""
+    return f"{benchmark}_{model}_{hardware_slug()}_{date.today():%Y%m%d}"
+
+
 def write_report(
     folder: Path, benchmark: str, model: str, lines: Sequence[str], data: dict[str, Any]
 ) -> Path:
     """Write ``<benchmark>_<model>_<hardware>_<yyyymmdd>.{md,json}``; returns the Markdown file."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{benchmark}_{model}_{hardware_slug()}_{date.today():%Y%m%d}"
+    stem = report_stem(benchmark, model)
     write_json(folder / f"{stem}.json", data)
     path = folder / f"{stem}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apb.cost import NOMINAL_CPU, CostModel, ModelShape
+from apb.cost import NOMINAL_CPU, CostModel, ModelShape, Rates
 from apb.methods.base import MethodConfig
 from apb.methods.plan import PlanRequest, PrefillPlan
 from apb.prompts.base import PromptTokens
@@ -25,8 +25,9 @@ def make_plan(
     world_size: int,
     num_blocks: int | None = None,
     shape: ModelShape = SHAPE,
+    rates: Rates = NOMINAL_CPU,
 ) -> PrefillPlan:
-    costs = CostModel(shape=shape, rates=NOMINAL_CPU, itemsize=4)
+    costs = CostModel(shape=shape, rates=rates, itemsize=4)
     return config.build(seed=0).plan(
         PlanRequest.of(prompt, world_size=world_size, num_blocks=num_blocks, costs=costs)
     )

@@ -40,7 +40,7 @@ class BlockConfig(MethodConfig):
 
     Attributes:
         anchor: where the anchor runs.
-        layout: how blocks are cut and dealt to ranks: `even`, `balanced` or `zigzag`.
+        layout: how blocks are cut and dealt to ranks: `even` (paper), `balanced` or `zigzag`.
         wire: what passing KV looks like between ranks: `auto`, `bfloat16` or `int8`.
         overlap: run local attention while the exchange is under way.
         min_block_len: fewer blocks than ranks are used rather than shorter ones.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ class Statement:
         return len(self.block_lens) > 1
 
     @property
+    def even_lens(self) -> tuple[int, ...]:
+        """The lengths of as many even blocks, from which anchor and passing lengths follow."""
+        count, length = len(self.block_lens), len(self.context)
+        edges = [index * length // count for index in range(count + 1)]
+        return tuple(stop - start for start, stop in pairwise(edges))
+
+    @property
     def spliced(self) -> tuple[int, ...]:
         """The end of the query that fits into half of the anchor."""
         if self.star or not self.has_anchor:
@@ -62,8 +70,8 @@ class Statement:
         if not self.has_anchor:
             return 0
         if self.star:
-            return self.block_lens[0]
-        return min(self.anchor_len - len(self.spliced), self.block_lens[0])
+            return self.even_lens[0]
+        return min(self.anchor_len - len(self.spliced), self.even_lens[0])
 
     @property
     def splice(self) -> int:
@@ -164,7 +172,8 @@ def _select(
 ) -> list[int]:
     """Tokens of the block that one KV head passes on."""
     barred = statement.shown_len if block_idx == 0 else 0
-    budget = 0 if statement.star else min(statement.passing_len, k_BD.shape[0] - barred)
+    even_len = statement.even_lens[block_idx]
+    budget = 0 if statement.star else min(statement.passing_len, even_len - barred)
     question = range(statement.splice, statement.splice + len(statement.spliced))
     blind = not question or (block_idx == 0 and not statement.shared)
     q_GWD = q_GBD[:, -statement.window :] if blind else q_GND[:, list(question)]

@@ -97,9 +97,10 @@ def run(
 def dense_finding(config: MethodConfig, ranks: list[Seen], num_blocks: int) -> LayerFinding:
     """The same figures from all rows, keys and values in one place."""
     order = torch.tensor([p for seen in ranks for p in seen.positions]).argsort()
-    q_HTD, k_KTD, v_KTD = (
-        torch.cat([seen.inputs[field] for seen in ranks], dim=1)[:, order] for field in (1, 2, 3)
-    )
+    inputs = [seen.inputs for seen in ranks]
+    q_HTD = torch.cat([layer.q_HTD for layer in inputs], dim=1)[:, order]
+    k_KTD = torch.cat([layer.k_KTD for layer in inputs], dim=1)[:, order]
+    v_KTD = torch.cat([layer.v_KTD for layer in inputs], dim=1)[:, order]
     out_THD = torch.cat([seen.out_THD for seen in ranks])[order]
     prompt = make_prompt(CONTEXT_LEN, prefix_len=2, query_len=6)
     plan = make_plan(config, prompt, world_size=len(ranks), num_blocks=num_blocks)

@@ -27,10 +27,10 @@ ROWS = [
     {"planning", "requests"},
     {"runner"},
     {"worker"},
-    {"launchers"},
+    {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch"},
+    {"run", "fetch", "calibrate"},
 ]
 
 # A library may be imported only by these files and folders.

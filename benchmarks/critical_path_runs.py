@@ -1,0 +1,280 @@
+"""The measurements of `benchmarks.critical_path`: one prefill on one rank, real or replayed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from apb.attention.base import AttentionBackend
+from apb.comm import Communicator
+from apb.config import compose_config
+from apb.cost import CostModel, ModelShape, Rates
+from apb.engine import Engine
+from apb.hf.model import DTYPES, CausalLM
+from apb.methods.base import AttentionMethod
+from apb.methods.plan import PlanRequest, PrefillPlan
+from apb.model_config import ModelConfig
+from apb.prompts.base import PromptTokens
+from benchmarks.critical_path_probe import Clock, Phase, Probe, ProbedMethod, Recording, Transfer
+from benchmarks.critical_path_replay import Messages, ReplayCommunicator
+
+SHAPES = {
+    "llama3-8b": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+    ),
+    "smollm2-135m": ModelShape(
+        num_layers=30,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+    ),
+    "tiny": ModelShape(
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=384,
+    ),
+}
+_VOCAB = 256
+"""Embedding rows of the models that run: a prefill reads one per token, however many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method and its settings."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...]
+    alike: bool = False
+    """All ranks do the same, so that the one with the most of it stands for all."""
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("apb", "shared anchor, balanced blocks", ("method=apb", "method.layout=balanced")),
+        Variant(
+            "apb-paper",
+            "the paper's form: an anchor on every rank, even blocks",
+            ("method=apb", "method.anchor=replicated", "method.layout=even"),
+        ),
+        Variant("apb-even", "shared anchor, even blocks", ("method=apb", "method.layout=even")),
+        Variant("star", "Star Attention, as in its paper", ("method=star",)),
+        Variant("ulysses", "DeepSpeed-Ulysses, exact", ("method=ulysses",), alike=True),
+        Variant("ring", "ring attention, exact", ("method=ring",)),
+        Variant("zigzag", "ring attention over zigzag blocks, exact", ("method=zigzag",)),
+        Variant("full", "one rank, exact", ("method=full",)),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What all variants have in common."""
+
+    model: str
+    """One of `SHAPES`."""
+    layers: int
+    """How many of them are run."""
+    ranks: int
+    question_len: int
+    dtype: str
+    device: str
+    overrides: tuple[str, ...]
+    rates: Rates
+
+    @property
+    def shape(self) -> ModelShape:
+        return SHAPES[self.model]
+
+    @property
+    def costs(self) -> CostModel:
+        itemsize = DTYPES[self.dtype].itemsize
+        return CostModel(shape=self.shape, rates=self.rates, itemsize=itemsize)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A variant's plan for a context."""
+
+    variant: Variant
+    prompt: PromptTokens
+    method: AttentionMethod
+    backend: AttentionBackend
+    plan: PrefillPlan
+    predicted_s: tuple[float, ...]
+    """Of each rank's prefill, by the cost model."""
+
+    def slowest(self) -> int:
+        """The rank that should take longest."""
+        return self.predicted_s.index(max(self.predicted_s))
+
+    def ranks_worth_running(self) -> list[int]:
+        """The slowest rank by prediction, the first and the last; none that has no work."""
+        ranks = {self.slowest()}
+        if not self.variant.alike:
+            ranks |= {0, len(self.predicted_s) - 1}
+        return sorted(rank for rank in ranks if self.plan.num_rows(rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkDone:
+    """What a rank did in one layer; the same whoever the other ranks were."""
+
+    rows: int
+    head_pairs: int
+    """Query-key pairs, counted for every query head."""
+    received_bytes: int
+    sent_bytes: int
+    exchanges: int
+
+    @classmethod
+    def of(cls, recording: Recording) -> WorkDone:
+        exchanges, layers = recording.exchanges, recording.num_layers
+        return cls(
+            rows=recording.rows,
+            head_pairs=recording.head_pairs // layers,
+            received_bytes=sum(exchange.received_bytes for exchange in exchanges) // layers,
+            sent_bytes=sum(exchange.sent_bytes for exchange in exchanges) // layers,
+            exchanges=len(exchanges) // layers,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRun:
+    """One prefill on one rank; seconds are those of the model with all its layers."""
+
+    variant: str
+    context_len: int
+    rank: int
+    repeat: int
+    work: WorkDone
+    predicted_s: float
+    phases_s: dict[str, float]
+    transfer_s: float = 0.0
+    """Modelled; 0 where messages really travelled."""
+    exposed_s: float = 0.0
+    """The part of it that is not hidden."""
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.phases_s.values()) + self.exposed_s
+
+
+class Bench:
+    """Prefills of a model with random weights, of the shape and dtype asked for."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self._device = torch.device(scene.device)
+        shape = scene.shape
+        architecture = {
+            "model_type": "llama",
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": scene.layers,
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": _VOCAB,
+        }
+        self._model = CausalLM.load(
+            ModelConfig(name=scene.model, architecture=architecture),
+            dtype=DTYPES[scene.dtype],
+            device=self._device,
+            chunk_len=compose_config(["model=tiny", *scene.overrides]).runtime.chunk_len,
+        )
+        self._messages: Messages = {}
+
+    def case(self, variant: Variant, context_len: int) -> Case:
+        """The variant's plan, for random tokens.
+
+        Raises:
+            InputError: the settings do not fit the context, the model or the number of ranks.
+        """
+        scene, rng = self.scene, random.Random(context_len)
+        config = compose_config(["model=tiny", *variant.overrides, *scene.overrides])
+        prompt = PromptTokens(
+            (),
+            tuple(rng.choices(range(_VOCAB), k=context_len)),
+            tuple(rng.choices(range(_VOCAB), k=scene.question_len)),
+        )
+        method = config.method.build(seed=config.seed)
+        plan = method.plan(
+            PlanRequest.of(
+                prompt, world_size=scene.ranks, num_blocks=config.num_blocks, costs=scene.costs
+            )
+        )
+        works = [method.workload(plan, scene.shape, rank) for rank in range(scene.ranks)]
+        return Case(
+            variant=variant,
+            prompt=prompt,
+            method=method,
+            backend=config.backend.build(),
+            plan=plan,
+            predicted_s=tuple(scene.costs.prefill_s([work]) for work in works),
+        )
+
+    def replay(self, case: Case, rank: int, *, repeat: int) -> RankRun:
+        """The rank alone, with random messages, and what a link would take for them."""
+        comm = ReplayCommunicator(rank, self.scene.ranks, self._device, self._messages)
+        recording = self._record(case, comm)
+        transfer = recording.transfer(self.scene.rates, num_layers=self.scene.shape.num_layers)
+        return self._run(case, comm, repeat, recording, transfer)
+
+    def run(self, case: Case, comm: Communicator, *, repeat: int) -> RankRun:
+        """One of several ranks that really talk to each other."""
+        return self._run(case, comm, repeat, self._record(case, comm), Transfer(0.0, 0.0))
+
+    def forget_messages(self) -> None:
+        """Give the memory of random messages back."""
+        self._messages.clear()
+
+    def _record(self, case: Case, comm: Communicator) -> Recording:
+        probe = Probe(Clock(self._device))
+        engine = Engine(
+            model=self._model,
+            method=ProbedMethod(case.method, probe),
+            backend=case.backend,
+            comm=comm,
+        )
+        probe.enter(Phase.linear)
+        engine.prefill(case.prompt, case.plan, room=len(case.prompt.query_ids))
+        return probe.finish()
+
+    def _run(
+        self, case: Case, comm: Communicator, repeat: int, recording: Recording, transfer: Transfer
+    ) -> RankRun:
+        phases_s = recording.phases_s(num_layers=self.scene.shape.num_layers)
+        return RankRun(
+            variant=case.variant.name,
+            context_len=case.plan.layout.context_len,
+            rank=comm.rank,
+            repeat=repeat,
+            work=WorkDone.of(recording),
+            predicted_s=case.predicted_s[comm.rank],
+            phases_s={phase.value: seconds for phase, seconds in phases_s.items()},
+            transfer_s=transfer.seconds,
+            exposed_s=transfer.exposed_s,
+        )
+
+
+def median_run(runs: Sequence[RankRun]) -> RankRun:
+    """The run in the middle by its total, so that its phases add up to what is reported."""
+    return sorted(runs, key=lambda run: run.total_s)[(len(runs) - 1) // 2]
