@@ -48,6 +48,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on the CPU")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-ups", type=int, default=1, help="runs before those that count")
     parser.add_argument("--link-gbit", type=float, help="to and from a rank; as calibrated")
     parser.add_argument("--latency-us", type=float, help="of an exchange; as calibrated")
     parser.add_argument(
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> Path:
     for context_len in args.context:
         cases = [bench.case(VARIANTS[name], context_len) for name in args.methods]
         plans += [_plan(case) for case in cases]
-        for repeat in range(-1, args.repeats):  # the first one warms up
+        for repeat in range(-args.warm_ups, args.repeats):
             for case in cases:
                 for rank in _ranks(args.only_ranks, case):
                     measured = bench.replay(case, rank, repeat=repeat)
