@@ -24,7 +24,8 @@ from apb.report import rank_layout
 from apb.worker import choose_device
 from benchmarks.critical_path_check import gate, validate
 from benchmarks.critical_path_report import MAX_DEVIATION, deviations, render, render_validation
-from benchmarks.critical_path_runs import SHAPES, VARIANTS, Bench, Case, RankRun, Scene
+from benchmarks.critical_path_runs import Bench, Case, RankRun
+from benchmarks.critical_path_variants import SHAPES, VARIANTS, Scene
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.report import print_report, write_report
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> Path:
                     if repeat >= 0:
                         runs.append(measured)
                         print(_line(measured), file=sys.stderr)
-        bench.forget_messages()
+        bench.messages.clear()
         lines = render(runs, environment, scene, settings)
         data = _data(environment, scene, settings, plans=plans, runs=_rows(runs))
         path = write_report(args.out, "critical-path", scene.model, lines, data)
@@ -102,16 +103,12 @@ def run_validation(args: argparse.Namespace) -> Path:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.ranks))
     scene = _scene(args, torch.device("cpu"))
     settings = _settings(args)
-    runs = validate(scene, args.methods, args.context[0], repeats=args.repeats)
-    lines = render_validation(runs, environment, scene, settings)
-    rows = {how: _rows(some) for how, some in runs.items()}
-    path = write_report(
-        args.out,
-        "critical-path-validation",
-        scene.model,
-        lines,
-        _data(environment, scene, settings, runs=rows),
+    runs = validate(
+        scene, args.methods, args.context[0], repeats=args.repeats, warm_ups=args.warm_ups
     )
+    lines = render_validation(runs, environment, scene, settings)
+    data = _data(environment, scene, settings, runs=_rows(runs))
+    path = write_report(args.out, "critical-path-validation", scene.model, lines, data)
     outside = {
         name: ratio for name, ratio in deviations(runs).items() if abs(ratio - 1) > MAX_DEVIATION
     }
@@ -196,7 +193,7 @@ def _plan(case: Case) -> dict[str, Any]:
 
 
 def _rows(runs: Sequence[RankRun]) -> list[dict[str, Any]]:
-    return [{**asdict(run), "total_s": run.total_s} for run in runs]
+    return [{**run.to_json(), "total_s": run.total_s} for run in runs]
 
 
 def _data(

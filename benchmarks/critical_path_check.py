@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from apb.cost import NOMINAL_CPU
 from apb.errors import ApbError
 from benchmarks.critical_path_ranks import Job, run_gang
-from benchmarks.critical_path_runs import VARIANTS, Bench, RankRun, Scene
+from benchmarks.critical_path_runs import Bench, RankRun, Way
+from benchmarks.critical_path_variants import VARIANTS, Scene
 
 _GATE_RANKS, _GATE_CONTEXT = 3, 1200
 GATE_SCENE = Scene(
@@ -32,16 +32,22 @@ def gate(variants: Sequence[str]) -> str:
         ApbError: a replayed rank does something else than the real one or than the plan says.
     """
     job = Job(
-        scene=GATE_SCENE, variants=variants, context_len=_GATE_CONTEXT, repeats=1, replay=False
+        scene=GATE_SCENE,
+        variants=variants,
+        ways=[Way.real.value, Way.alone.value],
+        context_len=_GATE_CONTEXT,
+        repeats=1,
+        warm_ups=0,
     )
     bench = Bench(GATE_SCENE)
     cases = {name: bench.case(VARIANTS[name], _GATE_CONTEXT) for name in variants}
-    for real in run_gang(job, threads=1):
-        case = cases[real.variant]
-        _compare(real, bench.replay(case, real.rank, repeat=0))
-        planned = case.method.workload(case.plan, GATE_SCENE.shape, real.rank)
-        if (planned.rows, planned.head_pairs) != (real.work.rows, real.work.head_pairs):
-            raise ApbError(f"{_who(real)} does {real.work} and its plan says {planned}")
+    runs = run_gang(job, threads=1)
+    _check_same_work(runs)
+    for run in runs:
+        case = cases[run.variant]
+        planned = case.method.workload(case.plan, GATE_SCENE.shape, run.rank)
+        if (planned.rows, planned.head_pairs) != (run.work.rows, run.work.head_pairs):
+            raise ApbError(f"{_who(run)} does {run.work} and its plan says {planned}")
     return (
         f"on a tiny model with {_GATE_CONTEXT} tokens and {_GATE_RANKS} gloo ranks, every replayed "
         "rank had the rows, query-key pairs, exchanges and bytes of the real one under "
@@ -50,38 +56,32 @@ def gate(variants: Sequence[str]) -> str:
 
 
 def validate(
-    scene: Scene, variants: Sequence[str], context_len: int, *, repeats: int
-) -> dict[str, list[RankRun]]:
-    """The same ranks by gloo with all layers (`real`), replayed one by one (`alone`) and replayed
-    side by side (`together`), each with as many threads as this process has.
+    scene: Scene, variants: Sequence[str], context_len: int, *, repeats: int, warm_ups: int
+) -> list[RankRun]:
+    """All ranks in all ways, each with as many threads as this process has.
 
     Raises:
         ApbError: a replayed rank does something else than the real one.
     """
-    threads, bench = torch.get_num_threads(), Bench(scene)
-    cases = [bench.case(VARIANTS[name], context_len) for name in variants]
-    alone = [
-        bench.replay(case, rank, repeat=repeat)
-        for repeat in range(-1, repeats)
-        for case in cases
-        for rank in range(scene.ranks)
-    ]
-    job = Job(scene=scene, variants=variants, context_len=context_len, repeats=repeats, replay=True)
-    whole = replace(scene, layers=scene.shape.num_layers)
-    real = run_gang(replace(job, scene=whole, replay=False), threads=threads)
-    replayed = {(run.variant, run.rank): run for run in alone}
-    for run in real:
-        _compare(run, replayed[run.variant, run.rank])
-    return {
-        "real": real,
-        "alone": [run for run in alone if run.repeat >= 0],
-        "together": run_gang(job, threads=threads),
-    }
+    job = Job(
+        scene=scene,
+        variants=variants,
+        ways=[way.value for way in Way],
+        context_len=context_len,
+        repeats=repeats,
+        warm_ups=warm_ups,
+    )
+    runs = run_gang(job, threads=torch.get_num_threads())
+    _check_same_work(runs)
+    return runs
 
 
-def _compare(real: RankRun, replayed: RankRun) -> None:
-    if replayed.work != real.work:
-        raise ApbError(f"{_who(real)} does {real.work} for real and {replayed.work} in the replay")
+def _check_same_work(runs: Sequence[RankRun]) -> None:
+    """Whatever the way, a variant's rank has to do the same."""
+    real = {(run.variant, run.rank): run.work for run in runs if run.way is Way.real}
+    for run in runs:
+        if run.work != (work := real[run.variant, run.rank]):
+            raise ApbError(f"{_who(run)} does {work} for real and {run.work} in the replay")
 
 
 def _who(run: RankRun) -> str:

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from apb.attention.base import AttentionBackend, AttentionPartial, LayerInputs
 from apb.comm import Communicator, Pending, Tag
+from apb.cost import ModelShape
+from apb.methods.base import AttentionMethod, KVSink, PrefillContext
+from apb.methods.plan import PrefillPlan
 
 _STD = 0.1
 
@@ -19,8 +23,8 @@ class ReplayCommunicator(Communicator):
     """Claims to be a rank among others; whatever is waited for has arrived, and is random.
 
     What this rank sends is packed as for a real link and then dropped. Each message is drawn once
-    and handed out again and again, so that a second run measures no drawing; pass the same
-    `messages` to several communicators to share them.
+    and handed out again and again; `draw_messages` does so before anything is measured. Pass the
+    same `messages` to several communicators to share them.
     """
 
     def __init__(
@@ -75,3 +79,36 @@ class ReplayCommunicator(Communicator):
                 payload.normal_(std=_STD)
             self._messages[key] = self._pack(payload, tag)
         return self._messages[key]
+
+
+def draw_messages(
+    comm: ReplayCommunicator,
+    method: AttentionMethod,
+    plan: PrefillPlan,
+    shape: ModelShape,
+    dtype: torch.dtype,
+) -> None:
+    """Draw what the method will ask for, by a layer of zeros without attention."""
+    tokens = (0,) * plan.layout.context_len
+    rows = plan.rows(comm.rank, tokens, (0,) * plan.anchor.query_len)
+    context = PrefillContext(
+        plan=plan, rows=rows, cache=_NoCache(), comm=comm, backend=_NoAttention(), step=0
+    )
+    q_HTD, k_KTD, v_KTD = (
+        torch.zeros((heads, len(rows.positions), shape.head_dim), dtype=dtype, device=comm.device)
+        for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    )
+    method.begin(context)(LayerInputs(0, q_HTD, k_KTD, v_KTD, 1.0))
+
+
+class _NoCache(KVSink):
+    def write(self, layer_idx: int, k_KTD: Tensor, v_KTD: Tensor) -> None:
+        """Keep nothing."""
+
+
+class _NoAttention(AttentionBackend):
+    def attend_segment(
+        self, q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
+    ) -> AttentionPartial:
+        num_heads, num_rows, head_dim = q_HTD.shape
+        return AttentionPartial.empty(num_rows, num_heads, head_dim, q_HTD)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.critical_path_probe import Phase
-from benchmarks.critical_path_runs import VARIANTS, RankRun, Scene, median_run
+from benchmarks.critical_path_runs import RankRun, Way, median_run
+from benchmarks.critical_path_variants import VARIANTS, Scene
 from benchmarks.environment import Environment
 from benchmarks.report import table
 
@@ -32,8 +33,8 @@ def render(
         *environment.lines(),
         *_scene_lines(scene, settings),
         f"* before anything was timed: {settings['gate']}",
-        f"* repeats: {settings['repeats']} after one that warms up, variants alternating; "
-        "median (smallest to largest), phases from the run in the middle",
+        f"* repeats: {settings['repeats']} after {settings['warm_ups']} to warm up, variants "
+        "alternating; median (smallest to largest), phases from the run in the middle",
         "",
         "Each rank ran alone on one device, with random tensors in place of the other ranks' "
         "messages. Not in these times: that ranks wait for one another where their layers differ "
@@ -62,10 +63,7 @@ def render(
 
 
 def render_validation(
-    runs: Mapping[str, Sequence[RankRun]],
-    environment: Environment,
-    scene: Scene,
-    settings: Mapping[str, Any],
+    runs: Sequence[RankRun], environment: Environment, scene: Scene, settings: Mapping[str, Any]
 ) -> list[str]:
     """The report on whether replayed ranks take as long as real ones, in Markdown."""
     return [
@@ -73,15 +71,16 @@ def render_validation(
         "",
         *environment.lines(),
         *_scene_lines(scene, settings),
-        f"* {settings['context'][0]} tokens on {scene.ranks} ranks of {settings['threads']} "
-        f"threads; repeats: {settings['repeats']} after one that warms up; median (smallest to "
-        "largest), phases from the run in the middle",
+        f"* {settings['context'][0]} tokens on {scene.ranks} ranks; repeats: "
+        f"{settings['repeats']} after {settings['warm_ups']} to warm up, ways alternating; median "
+        "(smallest to largest), phases from the run in the middle",
         "",
         f"`real`: processes that exchange over gloo, all {scene.shape.num_layers} layers; time "
         "spent waiting for another rank is part of `unpack`. `alone`: one rank is replayed while "
-        "the other cores idle. `together`: all ranks are replayed at the same time, as many "
-        "processes as in reality and no exchange. Replayed totals contain the modelled transfer "
-        "as far as it is exposed.",
+        "the others do nothing, as the benchmark does. `together`: all ranks are replayed at the "
+        "same time, which shares the machine as reality does but exchanges nothing. Replayed "
+        f"ranks run {scene.layers} layers, and their totals contain the modelled transfer as far "
+        "as it is exposed.",
         "",
         *_comparison(runs),
         "",
@@ -89,7 +88,7 @@ def render_validation(
         "",
         "## Slowest rank",
         "",
-        f"Replayed (`together`) over real; the bar is {MAX_DEVIATION:.0%} either way.",
+        f"Seconds replayed alone over real ones; the bar is {MAX_DEVIATION:.0%} either way.",
         "",
         *(
             f"* `{name}`: {ratio:.2f}, {'within' if abs(ratio - 1) <= MAX_DEVIATION else 'OUTSIDE'}"
@@ -98,13 +97,14 @@ def render_validation(
     ]
 
 
-def deviations(runs: Mapping[str, Sequence[RankRun]]) -> dict[str, float]:
-    """For each variant, the slowest rank's seconds when replayed, over the real ones."""
-    replayed, real = (
-        {name: _critical(own).total_s for name, own in _by_variant(runs[how]).items()}
-        for how in ("together", "real")
+def deviations(runs: Sequence[RankRun]) -> dict[str, float]:
+    """For each variant, the slowest rank's seconds when replayed alone, over the real ones."""
+    alone, real = (
+        _by_variant([run for run in runs if run.way is way]) for way in (Way.alone, Way.real)
     )
-    return {name: replayed[name] / seconds for name, seconds in real.items()}
+    return {
+        name: _critical(alone[name]).total_s / _critical(own).total_s for name, own in real.items()
+    }
 
 
 def _scene_lines(scene: Scene, settings: Mapping[str, Any]) -> list[str]:
@@ -143,7 +143,7 @@ def _ranks(runs: Sequence[RankRun]) -> list[str]:
                 [
                     f"`{name}` rank {rank}",
                     str(run.work.rows),
-                    f"{run.work.head_pairs / 1e9:.2f}",
+                    f"{run.work.head_pairs / 1e9:.3g}",
                     f"{run.work.received_bytes / 2**20:.1f}",
                     *_parts(run),
                     f"{run.total_s:.3f}",
@@ -154,19 +154,18 @@ def _ranks(runs: Sequence[RankRun]) -> list[str]:
     return table([*header, *_PHASES, "transfer", "exposed", "total", "predicted"], rows)
 
 
-def _comparison(runs: Mapping[str, Sequence[RankRun]]) -> list[str]:
+def _comparison(runs: Sequence[RankRun]) -> list[str]:
     rows = []
-    for name in _by_variant(runs["real"]):
-        for rank in sorted({run.rank for run in runs["real"]}):
-            of = {
-                how: [run for run in some if (run.variant, run.rank) == (name, rank)]
-                for how, some in runs.items()
-            }
-            real_s = median_run(of["real"]).total_s
-            for how, own in of.items():
-                run = median_run(own)
+    for name, own in _by_variant(runs).items():
+        for rank in sorted({run.rank for run in own}):
+            ways = {way: [r for r in own if (r.rank, r.way) == (rank, way)] for way in Way}
+            real_s = median_run(ways[Way.real]).total_s
+            for way, some in ways.items():
+                run = median_run(some)
                 ratio = f"{run.total_s / real_s:.2f}"
-                rows.append([f"`{name}` rank {rank} {how}", *_parts(run), _total(own), ratio])
+                rows.append(
+                    [f"`{name}` rank {rank} {way.value}", *_parts(run), _total(some), ratio]
+                )
     header = ["variant, rank", *_PHASES, "transfer", "exposed", "total", "total / real"]
     return table(header, rows)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
 
 import torch
 
 from apb.attention.base import AttentionBackend
 from apb.comm import Communicator
 from apb.config import compose_config
-from apb.cost import CostModel, ModelShape, Rates
 from apb.engine import Engine
 from apb.hf.model import DTYPES, CausalLM
 from apb.methods.base import AttentionMethod
@@ -19,94 +20,11 @@ from apb.methods.plan import PlanRequest, PrefillPlan
 from apb.model_config import ModelConfig
 from apb.prompts.base import PromptTokens
 from benchmarks.critical_path_probe import Clock, Phase, Probe, ProbedMethod, Recording, Transfer
-from benchmarks.critical_path_replay import Messages, ReplayCommunicator
+from benchmarks.critical_path_replay import Messages, ReplayCommunicator, draw_messages
+from benchmarks.critical_path_variants import Scene, Variant
 
-SHAPES = {
-    "llama3-8b": ModelShape(
-        num_layers=32,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-    ),
-    "smollm2-135m": ModelShape(
-        num_layers=30,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        vocab_size=49152,
-    ),
-    "tiny": ModelShape(
-        num_layers=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        vocab_size=384,
-    ),
-}
 _VOCAB = 256
 """Embedding rows of the models that run: a prefill reads one per token, however many there are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A method and its settings."""
-
-    name: str
-    title: str
-    overrides: tuple[str, ...]
-    alike: bool = False
-    """All ranks do the same, so that the one with the most of it stands for all."""
-
-
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant("apb", "shared anchor, balanced blocks", ("method=apb", "method.layout=balanced")),
-        Variant(
-            "apb-paper",
-            "the paper's form: an anchor on every rank, even blocks",
-            ("method=apb", "method.anchor=replicated", "method.layout=even"),
-        ),
-        Variant("apb-even", "shared anchor, even blocks", ("method=apb", "method.layout=even")),
-        Variant("star", "Star Attention, as in its paper", ("method=star",)),
-        Variant("ulysses", "DeepSpeed-Ulysses, exact", ("method=ulysses",), alike=True),
-        Variant("ring", "ring attention, exact", ("method=ring",)),
-        Variant("zigzag", "ring attention over zigzag blocks, exact", ("method=zigzag",)),
-        Variant("full", "one rank, exact", ("method=full",)),
-    )
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """What all variants have in common."""
-
-    model: str
-    """One of `SHAPES`."""
-    layers: int
-    """How many of them are run."""
-    ranks: int
-    question_len: int
-    dtype: str
-    device: str
-    overrides: tuple[str, ...]
-    rates: Rates
-
-    @property
-    def shape(self) -> ModelShape:
-        return SHAPES[self.model]
-
-    @property
-    def costs(self) -> CostModel:
-        itemsize = DTYPES[self.dtype].itemsize
-        return CostModel(shape=self.shape, rates=self.rates, itemsize=itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +74,22 @@ class WorkDone:
         )
 
 
+class Way(Enum):
+    """`real`: the ranks talk to each other. `alone`: one is replayed while the others do nothing.
+    `together`: all are replayed at the same time.
+    """
+
+    real = "real"
+    alone = "alone"
+    together = "together"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRun:
     """One prefill on one rank; seconds are those of the model with all its layers."""
 
     variant: str
+    way: Way
     context_len: int
     rank: int
     repeat: int
@@ -175,6 +104,13 @@ class RankRun:
     @property
     def total_s(self) -> float:
         return sum(self.phases_s.values()) + self.exposed_s
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "way": self.way.value}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> RankRun:
+        return cls(**{**fields, "way": Way(fields["way"]), "work": WorkDone(**fields["work"])})
 
 
 class Bench:
@@ -200,7 +136,7 @@ class Bench:
             device=self._device,
             chunk_len=compose_config(["model=tiny", *scene.overrides]).runtime.chunk_len,
         )
-        self._messages: Messages = {}
+        self.messages: Messages = {}
 
     def case(self, variant: Variant, context_len: int) -> Case:
         """The variant's plan, for random tokens.
@@ -231,20 +167,17 @@ class Bench:
             predicted_s=tuple(scene.costs.prefill_s([work]) for work in works),
         )
 
-    def replay(self, case: Case, rank: int, *, repeat: int) -> RankRun:
+    def replay(self, case: Case, rank: int, *, repeat: int, way: Way = Way.alone) -> RankRun:
         """The rank alone, with random messages, and what a link would take for them."""
-        comm = ReplayCommunicator(rank, self.scene.ranks, self._device, self._messages)
+        comm = ReplayCommunicator(rank, self.scene.ranks, self._device, self.messages)
+        draw_messages(comm, case.method, case.plan, self.scene.shape, self._model.dtype)
         recording = self._record(case, comm)
         transfer = recording.transfer(self.scene.rates, num_layers=self.scene.shape.num_layers)
-        return self._run(case, comm, repeat, recording, transfer)
+        return self._run(case, comm, way, repeat, recording, transfer)
 
     def run(self, case: Case, comm: Communicator, *, repeat: int) -> RankRun:
         """One of several ranks that really talk to each other."""
-        return self._run(case, comm, repeat, self._record(case, comm), Transfer(0.0, 0.0))
-
-    def forget_messages(self) -> None:
-        """Give the memory of random messages back."""
-        self._messages.clear()
+        return self._run(case, comm, Way.real, repeat, self._record(case, comm), Transfer(0.0, 0.0))
 
     def _record(self, case: Case, comm: Communicator) -> Recording:
         probe = Probe(Clock(self._device))
@@ -259,11 +192,18 @@ class Bench:
         return probe.finish()
 
     def _run(
-        self, case: Case, comm: Communicator, repeat: int, recording: Recording, transfer: Transfer
+        self,
+        case: Case,
+        comm: Communicator,
+        way: Way,
+        repeat: int,
+        recording: Recording,
+        transfer: Transfer,
     ) -> RankRun:
         phases_s = recording.phases_s(num_layers=self.scene.shape.num_layers)
         return RankRun(
             variant=case.variant.name,
+            way=way,
             context_len=case.plan.layout.context_len,
             rank=comm.rank,
             repeat=repeat,

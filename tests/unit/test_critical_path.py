@@ -12,8 +12,9 @@ from apb.comm import HEADER_BYTES, Kind, Tag
 from apb.cost import NOMINAL_CPU
 from benchmarks.critical_path_check import GATE_SCENE
 from benchmarks.critical_path_probe import Exchange, Mark, Phase, Recording
-from benchmarks.critical_path_replay import ReplayCommunicator
-from benchmarks.critical_path_runs import VARIANTS, Bench, Case
+from benchmarks.critical_path_replay import Messages, ReplayCommunicator, draw_messages
+from benchmarks.critical_path_runs import Bench, Case
+from benchmarks.critical_path_variants import VARIANTS
 
 CONTEXT = 1200
 CPU = torch.device("cpu")
@@ -63,6 +64,16 @@ def test_made_up_messages_have_the_shape_asked_for_and_are_finite() -> None:
     assert not received[0].equal(received[2])
     assert comm.exchange({}, asked, TAG).wait()[0].equal(received[0])
     assert comm.bytes_received == 4 * (HEADER_BYTES + 80)
+
+
+@pytest.mark.parametrize("name", ["apb", "ulysses", "ring"])
+def test_nothing_is_drawn_while_a_rank_runs(name: str) -> None:
+    own, drawn = Bench(GATE_SCENE), Messages()
+    planned = own.case(VARIANTS[name], CONTEXT)
+    comm = ReplayCommunicator(2, GATE_SCENE.ranks, CPU, drawn)
+    draw_messages(comm, planned.method, planned.plan, GATE_SCENE.shape, torch.float32)
+    own.replay(planned, 2, repeat=0)
+    assert drawn.keys() == own.messages.keys() != set()
 
 
 def test_made_up_collectives_keep_what_is_this_rank_s() -> None:
