@@ -138,6 +138,20 @@ class CostModel:
     def weight_bytes(self) -> int:
         return self.shape.num_parameters * self.itemsize
 
+    def prefill_bytes(self, work: Workload, *, cached_tokens: int, chunk_len: int) -> int:
+        """Predicted peak of one rank: weights, its share of the cache, one layer's activations.
+
+        Activations peak where received segments are merged: hidden states and residual, q, k, v,
+        the local result and two fp32 copies of it. MLPs run on `chunk_len` rows at once. What is
+        received exists twice, as a message and unpacked.
+        """
+        shape, size = self.shape, self.itemsize
+        heads = shape.num_heads * shape.head_dim
+        row = (2 * shape.hidden_size + 2 * heads + shape.kv_elements) * size + 2 * heads * 4
+        chunk = 3 * shape.intermediate_size * size * min(chunk_len, work.rows)
+        received = 2 * work.received * size
+        return self.weight_bytes + self.kv_bytes(cached_tokens) + work.rows * row + chunk + received
+
     def step_s(self, shard_tokens: int, *, world_size: int) -> float:
         """One decoding step over a shard, with one gather per layer among several ranks."""
         read = self.weight_bytes + self.kv_bytes(shard_tokens)

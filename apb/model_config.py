@@ -38,6 +38,7 @@ class ModelConfig:
         user_template: how document and question share the user's turn.
         architecture: random weights for this Hugging Face configuration instead of a checkpoint.
         weights_seed: seed of those random weights.
+        shape: the fields of `apb.cost.ModelShape`, for plans made without the checkpoint.
     """
 
     name: str = "custom"
@@ -47,3 +48,4 @@ class ModelConfig:
     user_template: str = "{document}\n\n{question}"
     architecture: dict[str, Any] | None = None
     weights_seed: int = 0
+    shape: dict[str, int] | None = None

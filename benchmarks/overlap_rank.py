@@ -40,14 +40,33 @@ class Job:
 
 @dataclass(slots=True, kw_only=True)
 class LayerTimes:
-    """When a layer's exchange was asked for, was under way, was awaited and was there (seconds)."""
+    """Points in time of a layer's exchange, in seconds: from being asked for to being used."""
 
     asked: float
     cpu: float
     """What the rank's main thread had had of a processor when it asked."""
     posted: float = 0.0
     awaited: float = 0.0
+    """For the first time: after local attention where the exchange runs beside it."""
     arrived: float = 0.0
+    used: float = 0.0
+    """Both it and local attention are there."""
+
+
+class TimedPending(Pending[dict[int, Tensor]]):
+    """Notes when a message is awaited, is there and is used."""
+
+    def __init__(self, pending: Pending[dict[int, Tensor]], times: LayerTimes) -> None:
+        super().__init__(pending.wait)
+        self._times = times
+
+    def wait(self) -> dict[int, Tensor]:
+        begin = time.perf_counter()
+        received = super().wait()
+        self._times.used = time.perf_counter()
+        if not self._times.awaited:
+            self._times.awaited, self._times.arrived = begin, self._times.used
+        return received
 
 
 class TimedCommunicator(Communicator):
@@ -67,14 +86,7 @@ class TimedCommunicator(Communicator):
         times.posted = time.perf_counter()
         self.layers.append(times)
         self.outgoing, self.incoming = dict(outgoing), dict(incoming)
-
-        def finish() -> dict[int, Tensor]:
-            times.awaited = time.perf_counter()
-            received = pending.wait()
-            times.arrived = time.perf_counter()
-            return received
-
-        return Pending(finish)
+        return TimedPending(pending, times)
 
     def exchange_again(self, repeats: int) -> list[float]:
         """Seconds of the last exchange on its own, ranks in step."""

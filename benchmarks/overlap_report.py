@@ -13,6 +13,8 @@ from benchmarks.overlap_rank import LayerTimes
 from benchmarks.report import Spread, table
 
 _BAR = 0.2
+_MAX_SPREAD = 0.4
+"""Between the repeats of a share, for it to decide anything."""
 _MODE = {True: "overlap", False: "in turn"}
 _MIN_CPU_SHARE = 0.97
 """Of the time in which no rank waits; below it another program had the processor meanwhile."""
@@ -28,9 +30,11 @@ class Layer:
     cpu: float
     """What the rank's main thread had of a processor."""
     local: float
-    """Local attention, where the exchange runs beside it."""
+    """Local attention, known where the exchange runs beside it."""
     wait: float
     """For the exchange."""
+    attention: float
+    """From asking for the exchange until it and local attention are there."""
 
     @classmethod
     def between(cls, this: LayerTimes, following: LayerTimes) -> Layer:
@@ -39,6 +43,7 @@ class Layer:
             cpu=following.cpu - this.cpu,
             local=this.awaited - this.posted,
             wait=this.arrived - this.awaited,
+            attention=this.used - this.asked,
         )
 
     @property
@@ -149,8 +154,8 @@ class Findings:
 
         return {
             "prefill": share_by(whole, clean=False),
-            "layer": share_by(
-                lambda p: statistics.median([x.period for x in p.undisturbed(self.rank)]),
+            "attention": share_by(
+                lambda p: statistics.median([x.attention for x in p.undisturbed(self.rank)]),
                 clean=True,
             ),
             "waiting": share_by(
@@ -198,9 +203,11 @@ def render(
         "## Prefill",
         "",
         "`overlap`: the exchange runs while local attention does. `in turn`: local attention "
-        "begins when it is done. A layer is timed from exchange to exchange; it is undisturbed if "
-        f"every rank had a processor for {_MIN_CPU_SHARE:.0%} of the time in which it did not "
-        "wait. Layer and wait are of undisturbed layers: the median and the mean.",
+        "begins when it is done. Attention is timed from asking for the exchange until it and "
+        "local attention are there, which is all that a slow link can lengthen; the median. Wait "
+        "is the time of it in which the rank waited; the mean. Both are of undisturbed layers, in "
+        f"which every rank had a processor for {_MIN_CPU_SHARE:.0%} of the time from one exchange "
+        "to the next, waiting left out.",
         "",
         *_prefill_table(found),
         "",
@@ -208,9 +215,10 @@ def render(
         "",
         f"What {slow} adds to a prefill with overlap and no limit, as a part of the exchange on "
         "its own, in percent; one value for each repeat, median (smallest to largest). By prefill: "
-        "its seconds, disturbed layers included. By layer and by waiting: the median layer and the "
-        f"mean wait of the undisturbed layers, where a prefill has {_MIN_LAYERS} of them. With "
-        f"overlap the bar is {_BAR:.0%}; in turn, about 100 % is to be expected.",
+        "its seconds, disturbed layers included. By attention and by waiting: as above, where a "
+        f"prefill has {_MIN_LAYERS} undisturbed layers; by attention includes what the transfer "
+        f"takes from the computation beside it. With overlap the bar is {_BAR:.0%}; in turn, about "
+        "100 % is to be expected.",
         "",
         *_share_table(found),
         "",
@@ -246,13 +254,13 @@ def _prefill_table(found: Findings) -> list[str]:
             own, layers = found.of(gbit, overlap), found.layers(gbit, overlap)
             figures = ["", ""]
             if layers:
-                median = statistics.median([x.period for x in layers])
+                median = statistics.median([x.attention for x in layers])
                 mean = statistics.fmean([x.wait for x in layers])
                 figures = [f"{1e3 * median:.1f}", f"{1e3 * mean:.2f}"]
             count = f"{len(layers)} of {sum(len(p.layers(found.rank)) for p in own)}"
             seconds = Spread.of([prefill.seconds for prefill in own]).text()
             rows.append([f"{link_name(gbit)}, {_MODE[overlap]}", seconds, count, *figures])
-    return table(["variant", "prefill s", "undisturbed layers", "layer ms", "wait ms"], rows)
+    return table(["variant", "prefill s", "undisturbed layers", "attention ms", "wait ms"], rows)
 
 
 def _share_table(found: Findings) -> list[str]:
@@ -263,13 +271,20 @@ def _share_table(found: Findings) -> list[str]:
             for share in found.shares(overlap).values()
         ]
         rows.append([_MODE[overlap], *cells])
-    return table(["variant", "by prefill", "by layer", "by waiting"], rows)
+    return table(["variant", "by prefill", "by attention", "by waiting"], rows)
 
 
 def _verdict(found: Findings) -> str:
-    shares = found.shares(True)
-    clean = [share.median for name in ("layer", "waiting") if (share := shares[name]) is not None]
-    if not clean:
-        return "The bar is not decided: other programs had the processors in nearly every layer."
-    worst = max(clean)
-    return f"The bar is {'met' if worst < _BAR else 'missed'}: at most {worst:.1%} shows."
+    """By every column whose repeats agree; waiting alone says nothing of a slower computation."""
+    shares = {
+        name: share
+        for name, share in found.shares(True).items()
+        if share is not None and share.high - share.low <= _MAX_SPREAD
+    }
+    if "attention" not in shares:
+        return "The bar is not decided: other programs disturbed the processors too much."
+    worst = max(share.median for share in shares.values())
+    return (
+        f"The bar is {'met' if worst < _BAR else 'missed'}: at most {max(worst, 0.0):.1%} shows, "
+        f"by {' and by '.join(shares)}, whose repeats lie within {_MAX_SPREAD:.0%} of one another."
+    )

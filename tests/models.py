@@ -33,7 +33,7 @@ _COMMON = {
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "model_type": "llama", "num_hidden_layers": 3},
-    "qwen2": {**_COMMON, "model_type": "qwen2"},
+    "qwen2": {**_COMMON, "model_type": "qwen2", "num_attention_heads": 6, "num_key_value_heads": 3},
     "qwen3": {**_COMMON, "model_type": "qwen3", "num_key_value_heads": 1},
 }
 NAMES = tuple(ARCHITECTURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,12 @@ from apb.errors import EngineDeadError
 from rank_pool import RankPool
 
 PoolOf = Callable[[int], RankPool]
+Routes = dict[tuple[int, int], tuple[tuple[int, ...], torch.dtype]]
+"""Who sends what to whom."""
 
 TAG = Tag(1, 0, Kind.UPSTREAM)
 WORLD_SIZES = (1, 2, 3)
+FLOAT = torch.float32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 SHAPES = ((), (1,), (7,), (3, 5), (0,), (2, 0, 3), (2, 3, 1, 4))
 
@@ -59,6 +63,38 @@ def gather_layers(comm: Communicator, tags: list[list[Tag]]) -> str:
     try:
         for tag in tags[comm.rank]:
             comm.all_gather(torch.zeros(4), tag).wait()
+    except EngineDeadError as error:
+        return str(error)
+    return "no error"
+
+
+def exchange(comm: Communicator, rounds: list[Routes]) -> tuple[list[dict[int, Tensor]], int]:
+    """What arrives in each round, all of them under way at once; and the bytes that came."""
+    before = comm.bytes_received
+    pending = []
+    for step, routes in enumerate(rounds):
+        outgoing = {
+            target: sample(10 * source + target + step, shape, dtype)
+            for (source, target), (shape, dtype) in routes.items()
+            if source == comm.rank
+        }
+        incoming = {
+            source: torch.empty(shape, dtype=dtype, device="meta")
+            for (source, target), (shape, dtype) in routes.items()
+            if target == comm.rank
+        }
+        pending.append(comm.exchange(outgoing, incoming, TAG._replace(step=step)))
+    arrived = [round_.wait() for round_ in reversed(pending)]
+    assert [round_.wait() for round_ in pending] == arrived[::-1], "waiting again changes nothing"
+    return arrived[::-1], comm.bytes_received - before
+
+
+def exchange_tagged(comm: Communicator, tags: list[Tag], shapes: list[tuple[int, ...]]) -> str:
+    """Two ranks that send each other what the other does not wait for; the error it ends in."""
+    other = 1 - comm.rank
+    mine, theirs = torch.zeros(shapes[comm.rank]), torch.zeros(shapes[comm.rank], device="meta")
+    try:
+        comm.exchange({other: mine}, {other: theirs}, tags[comm.rank]).wait()
     except EngineDeadError as error:
         return str(error)
     return "no error"
@@ -116,6 +152,76 @@ def test_a_skipped_collective_is_an_error_that_names_both_messages(
         assert f"rank {rank} waited for" in waited
         assert words in (received if rank == 0 else waited)
         assert "upstream of step 1, layer 0" in (waited if rank == 0 else received)
+        assert f"rank {1 - rank}" in received
+        assert "\n" not in error
+
+
+ROUTES: dict[str, list[Routes]] = {
+    "nothing": [{}, {}],
+    "ring": [{(0, 1): ((3, 5), FLOAT), (1, 2): ((7,), FLOAT), (2, 0): ((1, 2), FLOAT)}],
+    "everyone_to_everyone": [
+        {
+            (source, target): ((source + 1, 2 * target + 1), DTYPES[source + target])
+            for source in range(3)
+            for target in range(3)
+            if source != target
+        }
+    ],
+    "one_only_sends_and_one_only_receives": [
+        {(0, 1): ((4,), FLOAT), (0, 2): ((2, 3), torch.uint8), (1, 2): ((), torch.int64)}
+    ],
+    "one_stands_aside": [{(2, 0): ((5,), FLOAT)}],
+    "without_elements": [{(0, 1): ((0, 3), FLOAT), (1, 0): ((2, 0), FLOAT)}],
+    "several_under_way": [{(0, 1): ((n,), FLOAT), (2, 1): ((1, n), FLOAT)} for n in (9, 1, 20)],
+}
+
+
+@pytest.mark.parametrize("rounds", ROUTES.values(), ids=ROUTES)
+def test_exchange_brings_each_rank_what_was_sent_to_it_and_nothing_else(
+    pool_of: PoolOf, rounds: list[Routes]
+) -> None:
+    for rank, (arrived, num_bytes) in enumerate(pool_of(3).run(exchange, rounds)):
+        expected_bytes = 0
+        for step, (routes, found) in enumerate(zip(rounds, arrived, strict=True)):
+            expected = {
+                source: sample(10 * source + target + step, shape, dtype)
+                for (source, target), (shape, dtype) in routes.items()
+                if target == rank
+            }
+            assert found.keys() == expected.keys()
+            for source, x in expected.items():
+                assert found[source].dtype == x.dtype
+                assert torch.equal(found[source], x)
+                payload = x.numel() * x.element_size()
+                expected_bytes += HEADER_BYTES + math.ceil(payload / 16) * 16
+        assert num_bytes == expected_bytes
+
+
+def test_exchange_of_nothing_needs_no_other_rank(pool_of: PoolOf) -> None:
+    assert pool_of(1).run(exchange, [{}]) == [([{}], 0)]
+
+
+@pytest.mark.parametrize(
+    ("second", "shape", "words"),
+    [
+        (TAG._replace(layer=3), (4,), "layer 3"),
+        (TAG._replace(step=2), (4,), "step 2"),
+        (TAG._replace(kind=Kind.RING), (4,), "ring of step 1"),
+        (TAG, (2, 2), "float32 [2, 2]"),
+    ],
+    ids=["layer", "step", "kind", "shape"],
+)
+def test_an_exchanged_message_that_was_not_waited_for_is_an_error_that_names_both(
+    pool_of: PoolOf, second: Tag, shape: tuple[int, ...], words: str
+) -> None:
+    errors = pool_of(2).run(exchange_tagged, [TAG, second], [(4,), shape])
+    for rank, error in enumerate(errors):
+        waited, found, received = error.partition("and received")
+        assert found, error
+        assert f"rank {rank} waited for" in waited
+        assert words in (received if rank == 0 else waited)
+        assert "upstream of step 1, layer 0" in (waited if rank == 0 else received)
+        assert "float32 [4]" in (waited if rank == 0 else received)
         assert f"rank {1 - rank}" in received
         assert "\n" not in error
 

@@ -11,9 +11,16 @@ from hydra.core.global_hydra import GlobalHydra
 from apb.compress.window import WindowConfig
 from apb.config import PLUGINS, RunConfig, compose_config, model_names
 from apb.errors import InputError
+from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig
+from apb.methods.auto import AutoConfig
+from apb.methods.placement import Placement
 from apb.methods.plan import AnchorForm
+from apb.methods.star import StarConfig
+from apb.methods.wire import WireFormat
 from apb.paths import config_dir
+from apb.prompts.base import PromptTokens
+from plans import make_plan
 
 MODEL = "model=tiny"
 
@@ -69,6 +76,39 @@ def test_overrides_reach_the_dataclasses() -> None:
     assert config.decode.sampling_params(seed=4).temperature == 0.5
 
 
+def test_settings_of_layout_wire_and_placement_reach_the_dataclasses() -> None:
+    config = compose_config(
+        [
+            *(MODEL, "method=auto", "method.layout=zigzag", "method.wire=int8"),
+            *("method.overlap=false", "method.anchor_len=48"),
+            *("decode.placement=rank0", "runtime.chunk_len=7"),
+        ]
+    )
+    assert config.method == AutoConfig(
+        compressor=WindowConfig(),
+        layout=LayoutPolicy.zigzag,
+        wire=WireFormat.int8,
+        overlap=False,
+        anchor_len=48,
+    )
+    assert config.decode.placement is Placement.rank0
+    assert config.runtime.chunk_len == 7
+    assert compose_config([MODEL, "method=star", "method.layout=balanced"]).method == StarConfig(
+        layout=LayoutPolicy.balanced
+    )
+
+
+def test_blocks_that_zigzag_cannot_deal_are_refused_with_the_nearest_number() -> None:
+    config = compose_config([MODEL, "method=zigzag", "num_blocks=3"])
+    prompt = PromptTokens((), tuple(range(100)), ())
+    for world_size in (1, 2, 3):
+        nearest = {1: 4, 2: 4, 3: 6}[world_size]
+        refusal = f"num_blocks=3 .* nearest number that can is {nearest}$"
+        with pytest.raises(InputError, match=refusal):
+            make_plan(config.method, prompt, world_size=world_size, num_blocks=config.num_blocks)
+        make_plan(config.method, prompt, world_size=world_size, num_blocks=nearest)
+
+
 def test_whole_share_stays_a_share() -> None:
     """1.0 is the whole block and 1 is one token."""
     config = compose_config([MODEL, "method.passing_len=1.0", "method.anchor_len=1"]).method
@@ -102,6 +142,14 @@ def test_whole_share_stays_a_share() -> None:
         ([MODEL, "method.anchor_len=-1"], "anchor_len=-1"),
         ([MODEL, "method.min_block_len=0"], "min_block_len=0"),
         ([MODEL, "method.compressor.kernel=4"], "kernel=4"),
+        ([MODEL, "runtime.chunk_len=0"], "runtime.chunk_len=0 must be at least 1"),
+        ([MODEL, "method.layout=odd"], "odd"),
+        ([MODEL, "method.wire=int4"], "int4"),
+        ([MODEL, "decode.placement=rank1"], "rank1"),
+        *(
+            ([MODEL, f"method={name}", "method.layout=zigzag"], "layout")
+            for name in ("full", "ring", "zigzag", "ulysses")
+        ),
         ([MODEL, "num_blocks"], "num_blocks"),
         ([MODEL, "=3"], "override"),
     ],

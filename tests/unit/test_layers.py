@@ -30,7 +30,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "calibrate"},
+    {"run", "fetch", "plan", "calibrate"},
 ]
 
 # A library may be imported only by these files and folders.

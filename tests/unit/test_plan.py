@@ -14,18 +14,9 @@ from apb.errors import InputError
 from apb.methods.apb import ApbConfig, Length
 from apb.methods.full import FullConfig
 from apb.methods.plan import AnchorForm, PrefillPlan
-from apb.methods.star import StarConfig
 from apb.prompts.base import PromptTokens
+from plan_strategies import PROMPTS, QUERY, SHARES, Planned, make_prompt, planned
 from plans import make_plan
-
-QUERY = 10_000
-"""Token ids say what they are: context token i is i and query token i is QUERY + i."""
-
-
-def make_prompt(prefix_len: int, document_len: int, query_len: int) -> PromptTokens:
-    context = tuple(range(prefix_len + document_len))
-    query = tuple(range(QUERY, QUERY + query_len))
-    return PromptTokens(context[:prefix_len], context[prefix_len:], query)
 
 
 def plan_apb(
@@ -48,35 +39,9 @@ def plan_apb(
     return make_plan(config, prompt, world_size=world_size, num_blocks=num_blocks)
 
 
-PROMPTS = st.builds(make_prompt, st.integers(0, 30), st.integers(1, 150), st.integers(0, 40))
-SHARES = st.floats(0.0, 1.0)
-
-
-@st.composite
-def any_plans(draw: st.DrawFn) -> tuple[PromptTokens, PrefillPlan]:
-    """Any method's plan for any prompt."""
-    prompt = draw(PROMPTS)
-    world_size = draw(st.integers(1, 8))
-    num_blocks = draw(st.none() | st.integers(world_size, 20))
-    form = draw(st.sampled_from(AnchorForm))
-    if draw(st.booleans()):
-        return prompt, plan_apb(
-            prompt,
-            num_blocks=num_blocks,
-            world_size=world_size,
-            anchor_len=draw(SHARES),
-            passing_len=draw(SHARES),
-            form=form,
-        )
-    star = StarConfig(min_block_len=1, anchor=form)
-    return prompt, make_plan(star, prompt, world_size=world_size, num_blocks=num_blocks)
-
-
-@given(drawn=any_plans(), rng=st.randoms(use_true_random=False))
-def test_no_row_sees_a_later_token_or_a_token_twice(
-    drawn: tuple[PromptTokens, PrefillPlan], rng: random.Random
-) -> None:
-    prompt, plan = drawn
+@given(drawn=planned(), rng=st.randoms(use_true_random=False))
+def test_no_row_sees_a_later_token_or_a_token_twice(drawn: Planned, rng: random.Random) -> None:
+    _, prompt, plan = drawn
     shown = plan.anchor.token_ids(prompt.context_ids, prompt.query_ids)
     passed: list[int] = []
     for block in plan.layout.blocks:
@@ -94,11 +59,11 @@ def test_no_row_sees_a_later_token_or_a_token_twice(
     assert plan.passing_lens[-1] == 0
 
 
-@given(drawn=any_plans())
+@given(drawn=planned())
 def test_block_0_may_not_pass_on_what_the_anchor_shows(
-    drawn: tuple[PromptTokens, PrefillPlan],
+    drawn: Planned,
 ) -> None:
-    prompt, plan = drawn
+    _, prompt, plan = drawn
     first, *others = plan.layout.blocks
     anchor = plan.anchor.token_ids(prompt.context_ids, prompt.query_ids)
     shown = [token for token in anchor if token < QUERY]
@@ -107,11 +72,11 @@ def test_block_0_may_not_pass_on_what_the_anchor_shows(
     assert all(plan.excluded(block) == 0 for block in others)
 
 
-@given(drawn=any_plans())
+@given(drawn=planned())
 def test_ranks_run_their_blocks_at_their_true_positions(
-    drawn: tuple[PromptTokens, PrefillPlan],
+    drawn: Planned,
 ) -> None:
-    prompt, plan = drawn
+    _, prompt, plan = drawn
     for rank in range(plan.layout.world_size):
         rows = plan.rows(rank, prompt.context_ids, prompt.query_ids)
         assert [block for block, _ in rows.blocks] == list(plan.layout.owned_by(rank))
@@ -123,11 +88,11 @@ def test_ranks_run_their_blocks_at_their_true_positions(
         assert len(rows.token_ids) == len(rows.positions) == plan.num_rows(rank)
 
 
-@given(drawn=any_plans())
+@given(drawn=planned())
 def test_anchor_copies_run_where_they_are_read_or_once(
-    drawn: tuple[PromptTokens, PrefillPlan],
+    drawn: Planned,
 ) -> None:
-    prompt, plan = drawn
+    _, prompt, plan = drawn
     expected = plan.anchor.token_ids(prompt.context_ids, prompt.query_ids)
     for rank in range(plan.layout.world_size):
         rows = plan.rows(rank, prompt.context_ids, prompt.query_ids)
@@ -224,6 +189,24 @@ def test_short_context_uses_fewer_blocks_and_says_so() -> None:
 def test_one_block_has_neither_anchor_nor_passing_block() -> None:
     plan = plan_apb(make_prompt(2, 50, 5), num_blocks=1)
     assert (len(plan.anchor), plan.passing_lens) == (0, (0,))
+
+
+@given(drawn=planned())
+def test_received_tokens_are_the_upstream_keys_that_other_ranks_make(drawn: Planned) -> None:
+    _, _, plan = drawn
+    anchor_owner = plan.layout.blocks[0].rank
+    for rank in range(plan.layout.world_size):
+        seen = {
+            (source.index, source.rank, token)
+            for block in plan.layout.owned_by(rank)
+            for source in plan.layout.blocks[: block.index]
+            for token in range(plan.passing_lens[source.index])
+        }
+        arriving = sum(source_rank != rank for _, source_rank, _ in seen)
+        reads_anchor = any(block.index for block in plan.layout.owned_by(rank))
+        if plan.anchor_form is AnchorForm.shared and reads_anchor and rank != anchor_owner:
+            arriving += len(plan.anchor)
+        assert plan.received_tokens(rank) == arriving
 
 
 def test_full_is_one_block_on_rank_0_and_refuses_more() -> None:
