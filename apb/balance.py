@@ -76,7 +76,8 @@ def balance(num_tokens: int, loads: Sequence[RankLoad], unit: UnitCosts) -> list
     """Block lengths per rank that minimise the largest rank cost; they sum to `num_tokens`.
 
     A rank's cost depends on its own lengths alone, so the optimum is the smallest bound under which
-    all ranks together can take the tokens. Where that leaves a choice, earlier ranks take more.
+    all ranks together can take the tokens; ranks whose shortest blocks exceed it keep those. All
+    other ranks are level to one token, and earlier ranks get the rest.
 
     Raises:
         ValueError: the shortest lengths exceed the tokens, or no rank has a block.
@@ -89,22 +90,20 @@ def balance(num_tokens: int, loads: Sequence[RankLoad], unit: UnitCosts) -> list
         return rank_cost(load, cheapest_lengths(load, count), unit)
 
     def most(load: RankLoad, bound: int) -> int:
-        """The most tokens that the rank takes within the bound."""
-        if not load.blocks:
-            return 0
+        """The most tokens that the rank takes within the bound, or the fewest that it can."""
+        if not load.blocks or cost(load, load.min_tokens) > bound:
+            return load.min_tokens
         return _last(load.min_tokens, num_tokens, lambda count: cost(load, count) <= bound)
 
-    lowest = max(cost(load, load.min_tokens) for load in loads)
-    highest = lowest + max(cost(load, num_tokens) for load in loads if load.blocks)
+    highest = max(cost(load, num_tokens) for load in loads if load.blocks)
     bound = highest - _last(
-        0,
-        highest - lowest,
-        lambda below: sum(most(load, highest - below) for load in loads) >= num_tokens,
+        0, highest, lambda below: sum(most(load, highest - below) for load in loads) >= num_tokens
     )
     counts = [most(load, bound) for load in loads]
     surplus = sum(counts) - num_tokens
     for rank in reversed(range(len(loads))):
-        given_back = min(surplus, counts[rank] - loads[rank].min_tokens)
+        # No rank takes two tokens more than below the bound, as a token costs at least one unit.
+        given_back = min(surplus, counts[rank] - most(loads[rank], bound - 1))
         counts[rank] -= given_back
         surplus -= given_back
     return [cheapest_lengths(load, count) for load, count in zip(loads, counts, strict=True)]

@@ -94,13 +94,14 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
         failure = str(error)
         raise
     finally:
-        told = {"step": engine.step, "steps": done, "failure": failure}
+        state = [engine.step, engine.next_position]
+        told = {"state": state, "steps": done, "failure": failure}
         engine.comm.all_gather_json(told, _AT_THE_END)
 
 
 def _told_by_owner(engine: Engine) -> Iterator[Step]:
     told = engine.comm.all_gather_json(None, _AT_THE_END)[OWNER]
-    engine.step = told["step"]
+    engine.step, engine.next_position = told["state"]
     yield from (Step(*step) for step in told["steps"])
     if told["failure"] is not None:
         raise RequestError(told["failure"])
