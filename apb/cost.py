@@ -6,8 +6,10 @@ query-key pair of one head ``4 * head_dim`` (score and weighted value).
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 _FEMTO = 10**15
@@ -56,6 +58,15 @@ class Rates:
     """Of a small message between ranks."""
     source: str
     """Where the figures come from, for the user."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "source":
+                continue
+            least = 0.0 if field.name == "latency_s" else sys.float_info.min
+            if not isinstance(value, int | float) or not least <= value < math.inf:
+                raise ValueError(f"{field.name}={value!r} is no rate")
 
 
 NOMINAL_CPU = Rates(

@@ -14,6 +14,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ class AuditSample:
     rows: int = 32
     heads: int = 4
     layers: int = 8
+
+
+class _OwnKeys(NamedTuple):
+    """This rank's context keys for the sampled rows of all ranks."""
+
+    scores_hNS: Tensor
+    v_hSD: Tensor
+    positions_S: Tensor
+    earlier_NS: Tensor
+    """Whether a key is at or before a row."""
 
 
 class Auditor:
@@ -72,38 +83,33 @@ class Auditor:
             return
         own = self._rows_of[self._comm.rank]
         packed = [_packed_row(rows, block, position) for position, block in own]
-        k_hSD, v_hSD = (
-            x_KTD[:, rows.local][[head // self._group for head in self._heads]].float()
-            for x_KTD in (layer.k_KTD, layer.v_KTD)
-        )
-        key_positions_S = torch.tensor(
-            rows.positions[rows.local], dtype=torch.int64, device=k_hSD.device
-        )
         q_NhD = self._gather(layer, layer.q_HTD[self._heads][:, packed].transpose(0, 1).float())
-        scores_hNS = q_NhD.transpose(0, 1) @ k_hSD.mT * layer.scale
-        everyone = [row for rank_rows in self._rows_of for row in rank_rows]
-        position_N1 = torch.tensor([p for p, _ in everyone], device=k_hSD.device)[:, None]
-        earlier_NS = key_positions_S <= position_N1
-        exact, shown_lse_Nh = self._merge(
-            layer, scores_hNS, v_hSD, earlier_NS, key_positions_S < self._plan.anchor.context_len
-        )
-        start = sum(map(len, self._rows_of[: self._comm.rank]))
-        for index, (_, block) in enumerate(own):
-            row = start + index
-            in_block_S = earlier_NS[row] & (key_positions_S >= block.start)
-            seen = [_lse(scores_hNS[:, row], in_block_S)]
+        keys = self._own_keys(layer, rows, q_NhD)
+        exact, shown_lse_Nh = self._merge(layer, keys)
+        first = sum(map(len, self._rows_of[: self._comm.rank]))
+        for row, (place, (_, block)) in enumerate(zip(packed, own, strict=True), start=first):
+            in_block_S = keys.earlier_NS[row] & (keys.positions_S >= block.start)
+            seen = [_lse(keys.scores_hNS[:, row], in_block_S)]
             if block.index > 0:
-                passing_KUD = k_KUD[
-                    :, len(self._plan.anchor) : self._plan.upstream_len(block.index)
-                ]
-                seen.append(self._passing_lse(q_NhD[row], passing_KUD, layer.scale))
+                passing = slice(len(self._plan.anchor), self._plan.upstream_len(block.index))
+                seen.append(self._passing_lse(q_NhD[row], k_KUD[:, passing], layer.scale))
                 seen.append(shown_lse_Nh[row])
             mass = torch.stack(seen).sub(exact.lse_TH[row]).exp().sum(dim=0).mean()
             wanted_hD = exact.out_THD[row]
-            error = (out_THD[packed[index], self._heads].float() - wanted_hD).norm()
-            self._found.append(
-                (layer.layer_idx, float(mass), float(error / wanted_hD.norm().clamp_min(1e-30)))
-            )
+            error = (out_THD[place, self._heads].float() - wanted_hD).norm()
+            error /= wanted_hD.norm().clamp_min(1e-30)
+            self._found.append((layer.layer_idx, float(mass), float(error)))
+
+    def _own_keys(self, layer: LayerInputs, rows: RankRows, q_NhD: Tensor) -> _OwnKeys:
+        kv_heads = [head // self._group for head in self._heads]
+        k_hSD, v_hSD = (x[:, rows.local][kv_heads].float() for x in (layer.k_KTD, layer.v_KTD))
+        positions_S = torch.tensor(
+            rows.positions[rows.local], dtype=torch.int64, device=k_hSD.device
+        )
+        sampled = [position for rank_rows in self._rows_of for position, _ in rank_rows]
+        sampled_N1 = torch.tensor(sampled, device=k_hSD.device)[:, None]
+        scores_hNS = q_NhD.transpose(0, 1) @ k_hSD.mT * layer.scale
+        return _OwnKeys(scores_hNS, v_hSD, positions_S, positions_S <= sampled_N1)
 
     def findings(self) -> list[LayerFinding]:
         """The audited layers, over the rows of all ranks; the same on every rank."""
@@ -132,20 +138,15 @@ class Auditor:
             [x_MhD[: len(rows)] for x_MhD, rows in zip(gathered_RMhD, self._rows_of, strict=True)]
         )
 
-    def _merge(
-        self,
-        layer: LayerInputs,
-        scores_hNS: Tensor,
-        v_hSD: Tensor,
-        earlier_NS: Tensor,
-        shown_S: Tensor,
-    ) -> tuple[AttentionPartial, Tensor]:
+    def _merge(self, layer: LayerInputs, keys: _OwnKeys) -> tuple[AttentionPartial, Tensor]:
         """Exact attention, and the log-sum-exp ``[N, h]`` over the keys that the anchor shows."""
-        lse_hN = _lse(scores_hNS, earlier_NS)
+        lse_hN = _lse(keys.scores_hNS, keys.earlier_NS)
         peak_hN1 = lse_hN.masked_fill(lse_hN == -torch.inf, 0.0)[..., None]
-        probs_hNS = (scores_hNS - peak_hN1).exp().masked_fill(~earlier_NS, 0.0)
-        shown_lse_hN = _lse(scores_hNS, earlier_NS & shown_S)
-        packed_hNE = torch.cat([probs_hNS @ v_hSD, lse_hN[..., None], shown_lse_hN[..., None]], -1)
+        probs_hNS = (keys.scores_hNS - peak_hN1).exp().masked_fill(~keys.earlier_NS, 0.0)
+        shown_S = keys.positions_S < self._plan.anchor.context_len
+        shown_lse_hN = _lse(keys.scores_hNS, keys.earlier_NS & shown_S)
+        out_hND = probs_hNS @ keys.v_hSD
+        packed_hNE = torch.cat([out_hND, lse_hN[..., None], shown_lse_hN[..., None]], dim=-1)
         tag = Tag(0, layer.layer_idx, Kind.AUDIT)
         gathered_RNhE = self._comm.all_gather(packed_hNE.transpose(0, 1).contiguous(), tag).wait()
         exact = merge_partials(

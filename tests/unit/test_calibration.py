@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,19 @@ def test_kept_rates_are_found_for_that_dtype_and_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"speed": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"speed": 1}',
+        json.dumps({**asdict(RATES), "linear_flops": "fast"}),
+        json.dumps({**asdict(RATES), "link_bytes": 0}),
+        json.dumps({**asdict(RATES), "latency_s": float("nan")}),
+    ],
+)
 def test_a_broken_file_is_named(text: str) -> None:
     path = rates_file(CPU, torch.float32)
     path.parent.mkdir(parents=True)
