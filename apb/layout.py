@@ -128,15 +128,15 @@ def choose_num_blocks(
     if requested is None:
         wanted = pairs if policy is LayoutPolicy.zigzag else world_size
         return max(1, min(wanted, context_len // max(1, min_block_len)))
-    if requested < world_size:
-        raise InputError(
-            f"num_blocks={requested} is below the {world_size} ranks, so some ranks would have no "
-            f"work: raise num_blocks to at least {world_size} or start fewer ranks"
-        )
     if policy is LayoutPolicy.zigzag and requested % pairs:
         nearest = max(pairs, round(requested / pairs) * pairs)
         raise InputError(
             f"num_blocks={requested} cannot be dealt out in zigzag, which gives each of the "
             f"{world_size} ranks blocks in pairs: the nearest number that can is {nearest}"
+        )
+    if requested < world_size:
+        raise InputError(
+            f"num_blocks={requested} is below the {world_size} ranks, so some ranks would have no "
+            f"work: raise num_blocks to at least {world_size} or start fewer ranks"
         )
     return min(requested, context_len)

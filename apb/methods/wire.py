@@ -62,7 +62,9 @@ class Wire:
             return rows_NY.view(shape).to(self.dtype)
         heads = 2 * self.num_kv_heads
         steps, scale = rows_NY.split([heads * self.head_dim, heads * _SCALE_BYTES], dim=1)
-        scale_N2K1 = scale.contiguous().view(torch.float32).view(*shape[:3], 1)
+        # A copy even where it is contiguous: a view of 4-byte elements has to start at one.
+        aligned = scale.clone(memory_format=torch.contiguous_format)
+        scale_N2K1 = aligned.view(torch.float32).view(*shape[:3], 1)
         steps_N2KD = steps.contiguous().view(torch.int8).view(shape)
         kv_N2KD: Tensor = (steps_N2KD * scale_N2K1).to(self.dtype)
         return kv_N2KD
