@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
@@ -34,6 +34,7 @@ class SequenceLayout:
     context_len: int
     world_size: int
     blocks: tuple[Block, ...]
+    _owned: tuple[tuple[Block, ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         edges = [0, *(block.stop for block in self.blocks)]
@@ -41,6 +42,10 @@ class SequenceLayout:
         assert edges[-1] == self.context_len, "blocks do not end where the context ends"
         assert all(len(block) > 0 for block in self.blocks), "a block without a token"
         assert all(0 <= block.rank < self.world_size for block in self.blocks)
+        owned: list[list[Block]] = [[] for _ in range(self.world_size)]
+        for block in self.blocks:
+            owned[block.rank].append(block)
+        object.__setattr__(self, "_owned", tuple(map(tuple, owned)))
 
     @classmethod
     def from_lengths(
@@ -85,7 +90,7 @@ class SequenceLayout:
         return self.from_lengths(lengths, ranks, world_size=self.world_size)
 
     def owned_by(self, rank: int) -> tuple[Block, ...]:
-        return tuple(block for block in self.blocks if block.rank == rank)
+        return self._owned[rank]
 
     def tokens_on(self, rank: int) -> int:
         return sum(len(block) for block in self.owned_by(rank))

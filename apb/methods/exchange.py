@@ -48,6 +48,9 @@ class ContextExchange:
         self._travels = len(plan.anchor) > 0 and plan.anchor_form is AnchorForm.shared
         self._anchor_source = plan.layout.blocks[0].rank
         self._parts = list(self._needed_parts())
+        others = [rank for rank in range(comm.world_size) if rank != comm.rank]
+        self._sent = {rank: self._sent_len(comm.rank, rank) for rank in others}
+        self._asked = {rank: self._sent_len(rank, comm.rank) for rank in others}
         self._upstream_2KUD: Tensor | None = None
 
     def question(self, layer: LayerInputs) -> Tensor:
@@ -80,18 +83,9 @@ class ContextExchange:
 
     def start(self, layer: LayerInputs, message_NY: Tensor) -> Pending[dict[int, Tensor]]:
         """Send to later ranks what they need of the message, and ask for what is needed here."""
-        others = [rank for rank in range(self._comm.world_size) if rank != self._comm.rank]
         wire = self._wire(layer)
-        outgoing = {
-            rank: message_NY[:length]
-            for rank in others
-            if (length := self._sent_len(self._comm.rank, rank))
-        }
-        incoming = {
-            rank: wire.empty(length)
-            for rank in others
-            if (length := self._sent_len(rank, self._comm.rank))
-        }
+        outgoing = {rank: message_NY[:length] for rank, length in self._sent.items() if length}
+        incoming = {rank: wire.empty(length) for rank, length in self._asked.items() if length}
         tag = Tag(self._step, layer.layer_idx, Kind.UPSTREAM)
         return self._comm.exchange(outgoing, incoming, tag)
 
