@@ -16,8 +16,11 @@ class BlockLoad(NamedTuple):
 class RankLoad(NamedTuple):
     """A rank's blocks, and what it costs whatever their lengths."""
 
-    fixed: int
+    linear: int
     blocks: tuple[BlockLoad, ...]
+    attention: int = 0
+    wire: int = 0
+    """Runs while attention does, so that only the longer of the two counts."""
 
     @property
     def min_tokens(self) -> int:
@@ -39,7 +42,8 @@ def causal_pairs(length: int, upstream: int = 0) -> int:
 def rank_cost(load: RankLoad, lengths: Sequence[int], unit: UnitCosts) -> int:
     blocks = zip(lengths, load.blocks, strict=True)
     pairs = sum(causal_pairs(length, block.upstream) for length, block in blocks)
-    return load.fixed + unit.row * sum(lengths) + unit.pair * pairs
+    attention = load.attention + unit.pair * pairs
+    return load.linear + unit.row * sum(lengths) + max(attention, load.wire)
 
 
 def cheapest_lengths(load: RankLoad, num_tokens: int) -> list[int]:

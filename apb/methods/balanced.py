@@ -42,8 +42,6 @@ def _rank_loads(plan: PrefillPlan, costs: CostModel) -> list[RankLoad]:
     loads = []
     for rank in range(plan.layout.world_size):
         anchor_len = plan.copied_anchor(rank)
-        fixed = unit.row * anchor_len + unit.pair * causal_pairs(anchor_len)
-        fixed += costs.token_wire_cost * plan.received_tokens(rank)
         blocks = tuple(
             BlockLoad(
                 plan.upstream_len(block.index),
@@ -51,5 +49,12 @@ def _rank_loads(plan: PrefillPlan, costs: CostModel) -> list[RankLoad]:
             )
             for block in plan.layout.owned_by(rank)
         )
-        loads.append(RankLoad(fixed, blocks))
+        loads.append(
+            RankLoad(
+                linear=unit.row * anchor_len,
+                attention=unit.pair * causal_pairs(anchor_len),
+                wire=costs.token_wire_cost * plan.received_tokens(rank),
+                blocks=blocks,
+            )
+        )
     return loads

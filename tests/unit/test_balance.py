@@ -12,17 +12,22 @@ from apb.balance import BlockLoad, RankLoad, UnitCosts, balance, cheapest_length
 
 BLOCKS = st.builds(BlockLoad, st.integers(0, 12), st.integers(1, 3))
 LOADS = st.builds(
-    RankLoad, st.integers(0, 90), st.lists(BLOCKS, max_size=2).map(lambda blocks: tuple(blocks))
+    RankLoad,
+    linear=st.integers(0, 60),
+    attention=st.integers(0, 30),
+    wire=st.integers(0, 90),
+    blocks=st.lists(BLOCKS, max_size=2).map(lambda blocks: tuple(blocks)),
 )
 UNITS = st.builds(UnitCosts, st.integers(1, 6), st.integers(1, 6))
 
 
 def cost(load: RankLoad, lengths: Sequence[int], unit: UnitCosts) -> int:
-    """Of each row its linear maps and its keys: upstream ones, earlier ones, itself."""
-    return load.fixed + sum(
-        unit.row * length + unit.pair * sum(range(block.upstream + 1, block.upstream + length + 1))
+    """Of each row its linear maps; its keys (upstream, earlier ones, itself), or the wire."""
+    attention = load.attention + sum(
+        unit.pair * sum(range(block.upstream + 1, block.upstream + length + 1))
         for block, length in zip(load.blocks, lengths, strict=True)
     )
+    return load.linear + unit.row * sum(lengths) + max(attention, load.wire)
 
 
 def all_lengths(blocks: Sequence[BlockLoad], num_tokens: int) -> Iterator[list[int]]:
@@ -70,7 +75,7 @@ def test_no_other_cut_makes_the_slowest_rank_faster(
 def test_no_other_lengths_cost_a_rank_less_and_earlier_blocks_get_the_rest(
     blocks: list[BlockLoad], spare: int, unit: UnitCosts
 ) -> None:
-    load = RankLoad(7, tuple(blocks))
+    load = RankLoad(7, tuple(blocks), attention=5)
     num_tokens = load.min_tokens + spare
     every = list(all_lengths(blocks, num_tokens))
     cheapest = min(cost(load, lengths, unit) for lengths in every)
