@@ -21,7 +21,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from apb.attention.auto import AutoBackendConfig
 from apb.attention.base import BackendConfig
+from apb.attention.flash import FlashConfig
+from apb.attention.fused import FusedConfig
 from apb.attention.reference import ReferenceConfig
 from apb.attention.sdpa import SdpaConfig
 from apb.compress.knorm import KnormConfig
@@ -60,7 +63,13 @@ PLUGINS: Mapping[str, Mapping[str, type]] = {
         "knorm": KnormConfig,
         "random": RandomConfig,
     },
-    "backend": {"sdpa": SdpaConfig, "reference": ReferenceConfig},
+    "backend": {
+        "auto": AutoBackendConfig,
+        "fused": FusedConfig,
+        "flash": FlashConfig,
+        "sdpa": SdpaConfig,
+        "reference": ReferenceConfig,
+    },
     "prompt": {"needle": NeedleConfig, "file": FileConfig, "text": TextConfig},
 }
 APPEND_ONLY = ("model",)

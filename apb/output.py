@@ -42,6 +42,8 @@ class RequestMetrics:
     generated_tokens: int
     method: str
     num_blocks: int
+    backend: str
+    """What computed attention; `auto` names its choice."""
     placement: str
     """Where the document's KV was while decoding: `sharded` or `rank0`."""
     layout: list[RankLayout]

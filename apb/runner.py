@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from apb.agreement import together
+from apb.attention.base import AttentionTarget
 from apb.comm import Communicator
 from apb.config import RunConfig, plugin_name
 from apb.engine import Engine
@@ -64,9 +65,11 @@ class RequestRunner:
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
         self._method = config.method.build(seed=config.seed)
-        self._planner = Planner(
-            config, comm, self._method, shape=model_shape(self._hf_config), dtype=self._dtype
+        shape = model_shape(self._hf_config)
+        self._backend = config.backend.build(
+            AttentionTarget(comm.device, self._dtype, shape.head_dim)
         )
+        self._planner = Planner(config, comm, self._method, shape=shape, dtype=self._dtype)
         self._progress = Progress(enabled=comm.rank == OWNER)
         self._engine: Engine | None = None
 
@@ -116,7 +119,7 @@ class RequestRunner:
             self._engine = Engine(
                 model=model,
                 method=self._method,
-                backend=self._config.backend.build(),
+                backend=self._backend,
                 comm=self._comm,
                 on_layer=self._progress.advance,
             )
@@ -228,6 +231,7 @@ class RequestRunner:
             ready.plan,
             ready.engine.report(meter.local()),
             method=plugin_name("method", self._config.method),
+            backend=self._backend.name,
             placement=ready.placement,
             audit=ready.findings,
             dtype=self._dtype,

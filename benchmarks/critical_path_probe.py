@@ -228,6 +228,23 @@ class _ProbedBackend(AttentionBackend):
     ) -> AttentionPartial:
         return self._backend.attend_segment(q_HTD, k_KSD, v_KSD, causal=causal, scale=scale)
 
+    def merge(self, packed_RTHE: Tensor) -> AttentionPartial:
+        return self._backend.merge(packed_RTHE)
+
+    def select_topk(
+        self,
+        scores_KS: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+        out_P2KD: Tensor,
+        *,
+        pool: int,
+        excluded: int,
+    ) -> Tensor:
+        return self._backend.select_topk(
+            scores_KS, k_KSD, v_KSD, out_P2KD, pool=pool, excluded=excluded
+        )
+
 
 def _pairs(segment: Segment) -> int:
     rows = segment.stop - segment.start

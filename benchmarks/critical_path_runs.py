@@ -162,7 +162,7 @@ class Bench:
             variant=variant,
             prompt=prompt,
             method=method,
-            backend=config.backend.build(),
+            backend=config.backend.build(self._model.attention_target),
             plan=plan,
             predicted_s=tuple(scene.costs.prefill_s([work]) for work in works),
         )

@@ -123,7 +123,10 @@ class Rank:
             config = compose_config([*job.overrides, f"method.overlap={str(overlap).lower()}"])
             method = config.method.build(seed=config.seed)
             self._engines[overlap] = Engine(
-                model=model, method=method, backend=config.backend.build(), comm=self._comm
+                model=model,
+                method=method,
+                backend=config.backend.build(model.attention_target),
+                comm=self._comm,
             )
         costs = CostModel(shape=model.shape, rates=NOMINAL_CPU, itemsize=DTYPES[job.dtype].itemsize)
         self._plan: PrefillPlan = method.plan(

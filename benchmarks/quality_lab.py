@@ -111,7 +111,7 @@ class Lab:
         self._engine = Engine(
             model=self._model,
             method=self._methods[method],
-            backend=self._config.backend.build(),
+            backend=self._config.backend.build(self._model.attention_target),
             comm=Communicator(0, 1, self.device),
         )
         timeline = Timeline(self.device)

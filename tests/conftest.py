@@ -10,9 +10,12 @@ import torch
 
 from poison import poisoned_empty
 from rank_pool import RankPool
+from triton_interpreter import use_interpreter
 
 
 def pytest_configure() -> None:
+    if not torch.cuda.is_available():
+        use_interpreter()  # before any test imports a kernel
     # Threads that wait for one another cost more than tiny tensors gain, above all beside ranks.
     torch.set_num_threads(1)
 

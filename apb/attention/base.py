@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from apb.attention.selection import select_topk
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,11 @@ def merge_partials(partials: Sequence[AttentionPartial]) -> AttentionPartial:
 
 
 class AttentionBackend(ABC):
-    """Computes attention of rows over segments. A plug-in implements `attend_segment`."""
+    """A layer's device work besides the model's: attention of rows over segments, merging partials,
+    selecting what is passed on. A plug-in implements `attend_segment`.
+    """
+
+    name: ClassVar[str]
 
     def attend(
         self,
@@ -130,6 +136,25 @@ class AttentionBackend(ABC):
         ]
         return partials[0] if len(partials) == 1 else merge_partials(partials)
 
+    def merge(self, packed_RTHE: Tensor) -> AttentionPartial:
+        """`merge_partials` of what was gathered, outputs and lse side by side (E = D + 1)."""
+        return merge_partials(
+            [AttentionPartial(x_THE[..., :-1], x_THE[..., -1]) for x_THE in packed_RTHE]
+        )
+
+    def select_topk(
+        self,
+        scores_KS: Tensor,
+        k_KSD: Tensor,
+        v_KSD: Tensor,
+        out_P2KD: Tensor,
+        *,
+        pool: int,
+        excluded: int,
+    ) -> Tensor:
+        """Write the KV of the P best tokens per head to a part of a message; see `select_topk`."""
+        return select_topk(scores_KS, k_KSD, v_KSD, out_P2KD, pool=pool, excluded=excluded)
+
     @abstractmethod
     def attend_segment(
         self, q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
@@ -145,9 +170,22 @@ def _by_rows(segments: Sequence[Segment]) -> dict[tuple[int, int], list[Segment]
     return groups
 
 
+class AttentionTarget(NamedTuple):
+    """What a backend is to work on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+
+
 @dataclass(kw_only=True, slots=True)
 class BackendConfig(ABC):
     """Config of a backend."""
 
     @abstractmethod
-    def build(self) -> AttentionBackend: ...
+    def build(self, target: AttentionTarget) -> AttentionBackend:
+        """The backend, before any weight is read.
+
+        Raises:
+            InputError: it cannot be used there, and what can.
+        """

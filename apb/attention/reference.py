@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from apb.attention.base import (
     AttentionBackend,
     AttentionPartial,
+    AttentionTarget,
     BackendConfig,
     Segment,
     merge_partials,
@@ -22,6 +24,8 @@ class ReferenceBackend(AttentionBackend):
 
     It holds a mask of all rows by all keys, so it is for tests and short inputs.
     """
+
+    name: ClassVar[str] = "reference"
 
     def attend(
         self,
@@ -78,5 +82,5 @@ def _masked_attention(
 class ReferenceConfig(BackendConfig):
     """Config of `ReferenceBackend`."""
 
-    def build(self) -> ReferenceBackend:
+    def build(self, target: AttentionTarget) -> ReferenceBackend:
         return ReferenceBackend()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apb.attention.base import AttentionBackend, AttentionPartial, BackendConfig
+from apb.attention.base import AttentionBackend, AttentionPartial, AttentionTarget, BackendConfig
 
 _FEW_ROWS = 32
 """Below this the heads of a group are stacked as rows, which costs a copy of the queries."""
@@ -18,6 +19,8 @@ class SdpaBackend(AttentionBackend):
 
     No mask is materialised and no head is copied on the CPU: grouped heads are views with stride 0.
     """
+
+    name: ClassVar[str] = "sdpa"
 
     def attend_segment(
         self, q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
@@ -83,5 +86,5 @@ def _cuda_efficient(
 class SdpaConfig(BackendConfig):
     """Config of `SdpaBackend`."""
 
-    def build(self) -> SdpaBackend:
+    def build(self, target: AttentionTarget) -> SdpaBackend:
         return SdpaBackend()

@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from apb.attention.base import AttentionBackend
 from apb.errors import InputError
 
 
@@ -32,51 +33,63 @@ class BlockView(NamedTuple):
     query_HWD: Tensor | None = None
 
 
-class PassingBlock(NamedTuple):
-    """The kept KV of a block, in the order of the text. Keys keep their true RoPE positions."""
-
-    k_KPD: Tensor
-    v_KPD: Tensor
-
-
 class Compressor(ABC):
     """Selects a block's passing KV. A plug-in implements `score`."""
 
     needs_query: ClassVar[bool] = False
+    pool: int = 1
+    """A token takes the best score among this many around it (odd), so that phrases stay whole."""
 
     @abstractmethod
     def score(self, block: BlockView) -> Tensor:
-        """Scores ``[K, S]`` of the block's tokens per KV head; the highest are kept."""
+        """Scores ``[K, S]`` in fp32 of the block's tokens per KV head; once pooled, the highest are
+        kept.
+        """
 
-    def select(self, block: BlockView, *, budget: int, excluded: int = 0) -> PassingBlock:
-        """The `budget` best tokens per KV head, never one of the first `excluded`.
+    def select(
+        self,
+        block: BlockView,
+        out_P2KD: Tensor,
+        *,
+        backend: AttentionBackend,
+        excluded: int = 0,
+    ) -> Tensor:
+        """Write the KV of the P best tokens per KV head, in the order of the text, to `out_P2KD`.
+
+        Keys keep their true RoPE positions. Of equal scores the earliest are kept.
+
+        Args:
+            out_P2KD: a part of the message, in the dtype of the wire.
+            backend: whose kernels select.
+            excluded: that many tokens at the beginning are never kept.
+
+        Returns:
+            Positions of the kept tokens within the block, ascending: ``[K, P]``.
 
         Raises:
             AssertionError: the block cannot give that many tokens.
         """
-        index_KP = self.select_indices(block, budget=budget, excluded=excluded)
-        index_KPD = index_KP[..., None].expand(-1, -1, block.k_KSD.shape[-1])
-        return PassingBlock(block.k_KSD.gather(1, index_KPD), block.v_KSD.gather(1, index_KPD))
-
-    def select_indices(self, block: BlockView, *, budget: int, excluded: int = 0) -> Tensor:
-        """Positions within the block of the kept tokens, ascending: ``[K, P]``."""
-        num_tokens = block.k_KSD.shape[1]
-        assert 0 <= budget <= num_tokens - excluded, "the plan asks for more tokens than there are"
-        if budget == num_tokens - excluded:
-            kept_P = torch.arange(excluded, num_tokens, device=block.k_KSD.device)
-            return kept_P.expand(block.k_KSD.shape[0], -1)
-        scores_KS = self.score(block)[:, excluded:]
-        return scores_KS.topk(budget, dim=-1).indices.sort(dim=-1).values + excluded
+        num_heads, num_tokens, _ = block.k_KSD.shape
+        budget = out_P2KD.shape[0]
+        assert budget <= num_tokens - excluded, "the plan asks for more tokens than there are"
+        if budget < num_tokens - excluded:
+            return backend.select_topk(
+                self.score(block),
+                block.k_KSD,
+                block.v_KSD,
+                out_P2KD,
+                pool=self.pool,
+                excluded=excluded,
+            )
+        out_P2KD[:, 0] = block.k_KSD[:, excluded:].transpose(0, 1)
+        out_P2KD[:, 1] = block.v_KSD[:, excluded:].transpose(0, 1)
+        kept_P = torch.arange(excluded, num_tokens, device=block.k_KSD.device)
+        return kept_P.expand(num_heads, -1)
 
 
 def observed_rows(block: BlockView, window: int) -> Tensor:
     """The rows that stand for the question: its own, or the block's last `window` without one."""
     return block.q_HSD[:, -window:] if block.query_HWD is None else block.query_HWD
-
-
-def max_pool(scores_KS: Tensor, kernel: int) -> Tensor:
-    """Each token takes the best score of its neighbourhood, so that phrases are kept whole."""
-    return torch.nn.functional.max_pool1d(scores_KS, kernel, stride=1, padding=kernel // 2)
 
 
 @dataclass(kw_only=True, slots=True)

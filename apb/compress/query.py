@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from apb.compress.base import BlockView, Compressor, ObservationConfig, max_pool, observed_rows
+from apb.compress.base import BlockView, Compressor, ObservationConfig, observed_rows
 
 
 class QueryCompressor(Compressor):
@@ -22,7 +22,7 @@ class QueryCompressor(Compressor):
     needs_query: ClassVar[bool] = True
 
     def __init__(self, *, window: int, kernel: int) -> None:
-        self._window, self._kernel = window, kernel
+        self._window, self.pool = window, kernel
 
     def score(self, block: BlockView) -> Tensor:
         num_kv_heads = block.k_KSD.shape[0]
@@ -30,7 +30,8 @@ class QueryCompressor(Compressor):
             observed_rows(block, self._window).unflatten(0, (num_kv_heads, -1)).flatten(1, 2)
         )
         mean_KD1 = query_KND.float().mean(dim=1)[..., None]
-        return max_pool((block.k_KSD.float() @ mean_KD1)[..., 0], self._kernel)
+        scores_KS: Tensor = (block.k_KSD.float() @ mean_KD1)[..., 0]
+        return scores_KS
 
 
 @dataclass(kw_only=True, slots=True)

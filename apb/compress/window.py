@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apb.compress.base import BlockView, Compressor, ObservationConfig, max_pool
+from apb.compress.base import BlockView, Compressor, ObservationConfig
 
 
 class WindowCompressor(Compressor):
@@ -19,7 +19,7 @@ class WindowCompressor(Compressor):
     """
 
     def __init__(self, *, window: int, kernel: int) -> None:
-        self._window, self._kernel = window, kernel
+        self._window, self.pool = window, kernel
 
     def score(self, block: BlockView) -> Tensor:
         num_kv_heads, num_tokens, _ = block.k_KSD.shape
@@ -30,7 +30,8 @@ class WindowCompressor(Compressor):
             num_tokens - rows + 1
         )
         probs_KGWS = scores_KGWS.masked_fill(future_WS, float("-inf")).softmax(dim=-1)
-        return max_pool(probs_KGWS.mean(dim=(1, 2)), self._kernel)
+        scores_KS: Tensor = probs_KGWS.mean(dim=(1, 2))
+        return scores_KS
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from apb.attention.base import LayerInputs
+from apb.attention.base import AttentionTarget, LayerInputs
 from apb.cache import CacheShape
 from apb.cost import ModelShape
 from apb.errors import InputError
@@ -125,6 +125,11 @@ class CausalLM:
     @property
     def shape(self) -> ModelShape:
         return model_shape(self._model.config)
+
+    @property
+    def attention_target(self) -> AttentionTarget:
+        """What an attention backend for this model works on."""
+        return AttentionTarget(self.device, self.dtype, self.shape.head_dim)
 
     @property
     def weight_bytes(self) -> int:

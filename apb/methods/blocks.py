@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from apb.attention.base import LayerInputs, Segment
 from apb.balance import causal_pairs
-from apb.compress.base import BlockView, Compressor, PassingBlock
+from apb.compress.base import BlockView, Compressor
 from apb.cost import ModelShape, Workload
 from apb.errors import InputError
 from apb.layout import Block, LayoutPolicy
@@ -107,7 +106,7 @@ class _BlockPrefill:
         """What can be sent is under way before local attention, and awaited after it."""
         backend, local = self._context.backend, self._context.rows.local
         self._context.cache.write(layer.layer_idx, layer.k_KTD[:, local], layer.v_KTD[:, local])
-        message_NY = self._exchange.message(layer, list(self._select(layer)))
+        message_NY = self._message(layer)
         pending = self._exchange.start(layer, message_NY)
         if not self._overlap:
             pending.wait()
@@ -121,14 +120,13 @@ class _BlockPrefill:
             self._context.auditor.observe(layer, rows, partial.out_THD, upstream[0])
         return partial.out_THD
 
-    def _select(self, layer: LayerInputs) -> Iterator[PassingBlock]:
-        """What each of this rank's blocks passes on, in the order of the blocks."""
+    def _message(self, layer: LayerInputs) -> Tensor:
+        """The anchor and what each of this rank's blocks passes on, in the order of the blocks."""
         plan = self._context.plan
         question_HWD = self._question(layer)
-        for block, rows in self._context.rows.blocks:
-            budget = plan.passing_lens[block.index]
-            if budget == 0:
-                yield PassingBlock(layer.k_KTD[:, :0], layer.v_KTD[:, :0])
+        outbox = self._exchange.outbox(layer)
+        for (block, rows), out_P2KD in zip(self._context.rows.blocks, outbox.passing, strict=True):
+            if len(out_P2KD) == 0:
                 continue
             assert self._compressor is not None, "a plan with passing blocks needs a compressor"
             view = BlockView(
@@ -140,7 +138,10 @@ class _BlockPrefill:
                 layer.scale,
                 None if self._is_blind(block) else question_HWD,
             )
-            yield self._compressor.select(view, budget=budget, excluded=plan.excluded(block))
+            self._compressor.select(
+                view, out_P2KD, backend=self._context.backend, excluded=plan.excluded(block)
+            )
+        return self._exchange.message(layer, outbox)
 
     def _question(self, layer: LayerInputs) -> Tensor | None:
         """The question's query vectors, or None where the compressor or the prompt goes without."""

@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apb.attention.base import (
-    AttentionBackend,
-    AttentionPartial,
-    LayerInputs,
-    Segment,
-    merge_partials,
-)
+from apb.attention.base import AttentionBackend, LayerInputs, Segment
 from apb.cache import KVCacheShard
 from apb.comm import Communicator, Kind, Tag
 
@@ -42,9 +36,7 @@ class ShardedDecode:
         packed_THE = torch.cat([partial.out_THD.float(), partial.lse_TH[..., None]], dim=-1)
         tag = Tag(self.step, layer.layer_idx, Kind.PARTIAL)
         gathered_RTHE = self._comm.all_gather(packed_THE, tag).wait()
-        return merge_partials(
-            [AttentionPartial(x_THE[..., :-1], x_THE[..., -1]) for x_THE in gathered_RTHE]
-        ).out_THD
+        return self._backend.merge(gathered_RTHE).out_THD
 
     def _segments(self, layer: LayerInputs) -> list[Segment]:
         num_rows = layer.q_HTD.shape[1]

@@ -10,15 +10,13 @@ key/value heads, H query heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from apb.attention.base import LayerInputs
 from apb.comm import Communicator, Kind, Pending, Tag
-from apb.compress.base import PassingBlock
 from apb.methods.plan import AnchorForm, PrefillPlan, RankRows
 from apb.methods.wire import Wire, WireFormat
 
@@ -29,6 +27,14 @@ class _Part(NamedTuple):
     source: int
     message: slice
     upstream: slice
+
+
+class Outbox(NamedTuple):
+    """A message that is being written, before it is encoded."""
+
+    kv_N2KD: Tensor
+    passing: list[Tensor]
+    """Parts of it ``[P, 2, K, D]``, one for each of the rank's blocks."""
 
 
 class ContextExchange:
@@ -70,16 +76,23 @@ class ContextExchange:
         tag = Tag(self._step, layer.layer_idx, Kind.QUESTION)
         return self._comm.broadcast(query_HWD, tag, src=self._anchor_source).wait()
 
-    def message(self, layer: LayerInputs, passing: Sequence[PassingBlock]) -> Tensor:
+    def outbox(self, layer: LayerInputs) -> Outbox:
+        """A message with its anchor in it, and with room for what this rank's blocks pass on."""
+        pieces = list(self._message_parts(self._comm.rank))
+        length = sum(place.stop - place.start for _, place, _ in pieces)
+        kv_N2KD = self._wire(layer).unsent(length, layer.k_KTD.device)
+        passing = []
+        for index, place, _ in pieces:
+            if index >= 0:
+                passing.append(kv_N2KD[place])
+            else:
+                for which, x_KAD in enumerate(self._own_anchor(layer)):
+                    kv_N2KD[place, which] = x_KAD.transpose(0, 1)
+        return Outbox(kv_N2KD, passing)
+
+    def message(self, layer: LayerInputs, outbox: Outbox) -> Tensor:
         """What this rank has for later blocks, its own included, as it travels: ``[N, Y]``."""
-        parts = [*passing]
-        if self._travels and self._comm.rank == self._anchor_source:
-            parts.insert(0, PassingBlock(*self._own_anchor(layer)))
-        wire = self._wire(layer)
-        if not parts:
-            return layer.k_KTD.new_empty((0, wire.empty(0).shape[1]), dtype=wire.empty(0).dtype)
-        kv_2KND = torch.stack([torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)])
-        return wire.encode(kv_2KND.permute(2, 0, 1, 3))
+        return self._wire(layer).encode(outbox.kv_N2KD)
 
     def start(self, layer: LayerInputs, message_NY: Tensor) -> Pending[dict[int, Tensor]]:
         """Send to later ranks what they need of the message, and ask for what is needed here."""

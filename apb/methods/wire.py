@@ -45,6 +45,12 @@ class Wire:
     def _element(self) -> torch.dtype:
         return torch.bfloat16 if self.format is WireFormat.bfloat16 else self.dtype
 
+    def unsent(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Room for tokens to be encoded, ``[N, 2, K, D]``: the message itself unless int8."""
+        dtype = self.dtype if self.format is WireFormat.int8 else self._element
+        shape = (num_tokens, 2, self.num_kv_heads, self.head_dim)
+        return torch.empty(shape, dtype=dtype, device=device)
+
     def encode(self, kv_N2KD: Tensor) -> Tensor:
         """One row per token."""
         if self.format is not WireFormat.int8:

@@ -1,1 +1,5 @@
-"""Fused kernels for `apb`; each sits beside the plain-torch statement it must equal."""
+"""Triton kernels for `apb`: attention over segments, decoding, merging, selection.
+
+Each does what a plain-torch statement in `apb.attention` says; see README.md in this folder's
+parent for the tile loops and why they are exact.
+"""

@@ -183,8 +183,8 @@ def _select(
         scores_B = _pooled((q_GWD @ k_BD.T).mean(dim=(0, 1)), statement.kernel)
     else:
         scores_B = _pooled(_window_scores(q_GBD, k_BD, statement.window, scale), statement.kernel)
-    kept: list[int] = (scores_B[barred:].topk(budget).indices + barred).tolist()
-    return kept
+    open_to = range(barred, len(scores_B))
+    return sorted(open_to, key=lambda token: (-float(scores_B[token]), token))[:budget]
 
 
 def _window_scores(q_GBD: Tensor, k_BD: Tensor, window: int, scale: float) -> Tensor:

@@ -67,10 +67,11 @@ def run_cases(comm: Communicator, cases: Sequence[Case]) -> list[Outcome]:
 
 def make_engine(comm: Communicator, case: Case) -> Engine:
     """A prefilled engine with room for the new tokens."""
+    model = apb_model(case.model)
     engine = Engine(
-        model=apb_model(case.model),
+        model=model,
         method=case.method.build(seed=case.seed),
-        backend=case.backend.build(),
+        backend=case.backend.build(model.attention_target),
         comm=comm,
     )
     prefill(engine, case, room=len(case.new_ids))

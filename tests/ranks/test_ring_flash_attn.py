@@ -18,10 +18,10 @@ from apb.comm import Communicator
 from apb.methods.base import MethodConfig, PrefillContext
 from apb.methods.ring import RingConfig
 from apb.methods.zigzag import ZigzagConfig
+from flash_attn_stand_in import flash_attn_stand_in
 from plans import make_plan
 from rank_pool import RankPool
 from ranks.cases import make_prompt, max_diff
-from ranks.flash_attn_stand_in import flash_attn_stand_in
 
 PoolOf = Callable[[int], RankPool]
 

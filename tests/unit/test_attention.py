@@ -16,15 +16,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apb.attention.base import AttentionBackend, AttentionPartial, Segment, merge_partials
+from apb.attention.base import (
+    AttentionBackend,
+    AttentionPartial,
+    AttentionTarget,
+    Segment,
+    merge_partials,
+)
+from apb.attention.flash import FlashBackend
 from apb.attention.reference import ReferenceBackend, _visible
 from apb.config import PLUGINS
+from apb.errors import InputError
+from flash_attn_stand_in import flash_attn_func
 
 NUM_KV_HEADS = 2
 EPS = {torch.float32: 5e-6, torch.bfloat16: 1e-3}
 """About ten units in the last place of an lse; less than one in bf16."""
-BACKENDS = {name: config().build() for name, config in PLUGINS["backend"].items()}
 CPU = torch.device("cpu")
+BACKENDS: dict[str, AttentionBackend] = {
+    name: config().build(AttentionTarget(CPU, torch.float32, 64))
+    for name, config in PLUGINS["backend"].items()
+    if name != "flash"
+} | {"flash": FlashBackend(flash_attn_func)}
 
 Spans = Sequence[tuple[int, int, int | None]]
 """Segments as ``(start, stop, keys)``; without a number of keys it is causal."""
@@ -143,9 +156,11 @@ def test_backends_are_as_exact_as_plain_attention_on_a_gpu(
     name: str, spans: Spans, head_dim: int, dtype: torch.dtype
 ) -> None:
     cuda = torch.device("cuda")
-    assert_as_good_as_plain(
-        BACKENDS[name], spans, dtype=dtype, head_dim=head_dim, groups=4, device=cuda
-    )
+    try:
+        backend = PLUGINS["backend"][name]().build(AttentionTarget(cuda, dtype, head_dim))
+    except InputError as reason:
+        pytest.skip(str(reason))
+    assert_as_good_as_plain(backend, spans, dtype=dtype, head_dim=head_dim, groups=4, device=cuda)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from apb.attention.sdpa import SdpaBackend
+from apb.attention.selection import max_pool, top_tokens
 from apb.compress.base import BlockView, Compressor
 from apb.compress.knorm import KnormConfig
 from apb.compress.query import QueryConfig
@@ -40,6 +42,23 @@ def draw_block(num_tokens: int, *, query_len: int = QUERY_LEN) -> BlockView:
     )
 
 
+def select(
+    compressor: Compressor, block: BlockView, *, budget: int, excluded: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Positions and KV ``[P, 2, K, D]`` of the kept tokens."""
+    out_P2KD = torch.full((budget, 2, NUM_KV_HEADS, HEAD_DIM), math.nan)
+    index_KP = compressor.select(block, out_P2KD, backend=SdpaBackend(), excluded=excluded)
+    return index_KP, out_P2KD
+
+
+def kept(compressor: Compressor, block: BlockView, *, budget: int, excluded: int = 0) -> Tensor:
+    return select(compressor, block, budget=budget, excluded=excluded)[0]
+
+
+def pooled_scores(compressor: Compressor, block: BlockView) -> Tensor:
+    return max_pool(compressor.score(block), compressor.pool)
+
+
 @pytest.mark.parametrize("query_len", [0, QUERY_LEN])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_tokens", [1, 2, 37, 130])
@@ -50,7 +69,7 @@ def test_exactly_the_budget_is_kept_in_order_and_nothing_barred(
     for excluded in {0, num_tokens // 3, num_tokens}:
         available = num_tokens - excluded
         for budget in {0, 1, available // 2, available - 1, available} & {*range(available + 1)}:
-            index_KP = build(name).select_indices(block, budget=budget, excluded=excluded)
+            index_KP = kept(build(name), block, budget=budget, excluded=excluded)
             assert index_KP.shape == (NUM_KV_HEADS, budget)
             assert (index_KP.diff(dim=-1) > 0).all()
             assert ((index_KP >= excluded) & (index_KP < num_tokens)).all()
@@ -59,9 +78,9 @@ def test_exactly_the_budget_is_kept_in_order_and_nothing_barred(
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_tokens_score_at_least_as_high_as_the_others(name: str) -> None:
     block = draw_block(41)
-    scores_KS = build(name).score(block)
+    scores_KS = pooled_scores(build(name), block)
     for scores_S, index_P in zip(
-        scores_KS, build(name).select_indices(block, budget=9, excluded=6), strict=True
+        scores_KS, kept(build(name), block, budget=9, excluded=6), strict=True
     ):
         others = set(range(6, 41)) - set(index_P.tolist())
         assert scores_S[index_P].min() >= scores_S[sorted(others)].max()
@@ -70,25 +89,32 @@ def test_kept_tokens_score_at_least_as_high_as_the_others(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_kv_is_that_of_the_kept_tokens(name: str) -> None:
     block = draw_block(41)
-    index_KP = build(name).select_indices(block, budget=9, excluded=6)
-    k_KPD, v_KPD = build(name).select(block, budget=9, excluded=6)
+    index_KP, out_P2KD = select(build(name), block, budget=9, excluded=6)
     for head, index_P in enumerate(index_KP):
-        assert torch.equal(k_KPD[head], block.k_KSD[head, index_P])
-        assert torch.equal(v_KPD[head], block.v_KSD[head, index_P])
+        assert torch.equal(out_P2KD[:, 0, head], block.k_KSD[head, index_P])
+        assert torch.equal(out_P2KD[:, 1, head], block.v_KSD[head, index_P])
+
+
+@pytest.mark.parametrize("budget", [1, 3, 5, 8])
+def test_of_equal_scores_the_earliest_are_kept(budget: int) -> None:
+    scores_KS = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0, 3.0, 0.0], [-0.0, 0.0] * 4])
+    order = [[1, 3, 6, 2, 4, 5, 0, 7], [*range(8)]]
+    expected = torch.tensor([sorted(head[:budget]) for head in order])
+    assert torch.equal(top_tokens(scores_KS, budget), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_more_than_the_block_can_give_is_a_fault(name: str) -> None:
     with pytest.raises(AssertionError):
-        build(name).select_indices(draw_block(10), budget=8, excluded=3)
+        kept(build(name), draw_block(10), budget=8, excluded=3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_selection_is_the_same_every_time(name: str) -> None:
     block = draw_block(50)
-    first = build(name, seed=5).select_indices(block, budget=20)
+    first = kept(build(name, seed=5), block, budget=20)
     torch.randn(17)  # other draws in between do not matter
-    assert torch.equal(build(name, seed=5).select_indices(block, budget=20), first)
+    assert torch.equal(kept(build(name, seed=5), block, budget=20), first)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"random"}))
@@ -108,22 +134,22 @@ def test_permuted_kv_heads_keep_the_same_tokens_permuted(name: str) -> None:
         query_HWD=permuted(block.query_HWD),
     )
     compressor = build(name)
-    expected = compressor.select_indices(block, budget=12, excluded=3)[order]
-    assert torch.equal(compressor.select_indices(other, budget=12, excluded=3), expected)
+    expected = kept(compressor, block, budget=12, excluded=3)[order]
+    assert torch.equal(kept(compressor, other, budget=12, excluded=3), expected)
 
 
 def test_random_selection_differs_by_seed_layer_block_and_head() -> None:
     block = draw_block(60)
 
-    def kept(seed: int, view: BlockView) -> Tensor:
-        return RandomConfig().build(seed=seed).select_indices(view, budget=20)
+    def kept_by(seed: int, view: BlockView) -> Tensor:
+        return kept(RandomConfig().build(seed=seed), view, budget=20)
 
-    base = kept(1, block)
+    base = kept_by(1, block)
     assert not torch.equal(base[0], base[1])
     for other in (
-        kept(2, block),
-        kept(1, block._replace(layer_idx=3)),
-        kept(1, block._replace(block_idx=2)),
+        kept_by(2, block),
+        kept_by(1, block._replace(layer_idx=3)),
+        kept_by(1, block._replace(block_idx=2)),
     ):
         assert not torch.equal(other, base)
 
@@ -172,7 +198,7 @@ def test_query_score_is_the_pooled_mean_product_with_the_question(
     block = draw_block(num_tokens)
     assert block.query_HWD is not None
     expected = [query_scores(block, h, block.query_HWD, kernel) for h in range(NUM_KV_HEADS)]
-    assert_scores(QueryConfig(kernel=kernel).build(seed=0).score(block), expected)
+    assert_scores(pooled_scores(QueryConfig(kernel=kernel).build(seed=0), block), expected)
 
 
 @pytest.mark.parametrize("window", [1, 6, 64])
@@ -180,7 +206,7 @@ def test_query_score_without_a_question_uses_the_last_rows(window: int) -> None:
     block = draw_block(20, query_len=0)
     rows_HWD = block.q_HSD[:, -window:]
     expected = [query_scores(block, h, rows_HWD, 5) for h in range(NUM_KV_HEADS)]
-    assert_scores(QueryConfig(window=window).build(seed=0).score(block), expected)
+    assert_scores(pooled_scores(QueryConfig(window=window).build(seed=0), block), expected)
 
 
 @pytest.mark.parametrize("window", [1, 6, 64])
@@ -190,7 +216,7 @@ def test_window_score_is_the_pooled_mean_causal_attention_of_the_last_rows(
 ) -> None:
     block = draw_block(num_tokens)
     expected = [window_scores(block, h, window, 5) for h in range(NUM_KV_HEADS)]
-    assert_scores(WindowConfig(window=window).build(seed=0).score(block), expected)
+    assert_scores(pooled_scores(WindowConfig(window=window).build(seed=0), block), expected)
 
 
 def test_knorm_score_falls_with_the_length_of_the_key() -> None:
@@ -199,7 +225,7 @@ def test_knorm_score_falls_with_the_length_of_the_key() -> None:
         [-math.sqrt(sum(float(x) ** 2 for x in key_D)) for key_D in keys_SD]
         for keys_SD in block.k_KSD
     ]
-    assert_scores(KnormConfig().build(seed=0).score(block), expected)
+    assert_scores(pooled_scores(KnormConfig().build(seed=0), block), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

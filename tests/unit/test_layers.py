@@ -42,6 +42,7 @@ HOMES = {
     "omegaconf": ("apb/config.py", "apb/run.py"),
     "triton": ("kernels/",),
     "flash_attn": ("apb/attention/flash.py",),
+    "flash_attn_interface": ("apb/attention/flash.py",),
     "ray": ("apb/launchers/ray.py",),
     "pypdf": ("apb/prompts/document.py",),
 }

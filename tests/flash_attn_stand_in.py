@@ -1,4 +1,4 @@
-"""What the package `ring_flash_attn` needs to be imported and to run forward on a CPU.
+"""flash-attn on a CPU: what `apb` calls, and what the package `ring_flash_attn` imports.
 
 The stand-in is a plain function with the signature of flash-attn 2.7 and later, so the package
 takes its branches for ``window_size_left`` and ``window_size_right`` and for four results.
@@ -83,6 +83,23 @@ def _flash_attn_forward(
     out_BKGTD = torch.einsum("bkgts,bksd->bkgtd", weight_BKGTS, v_BKSD)
     out = out_BKGTD.flatten(1, 2).transpose(1, 2).to(q.dtype)
     return out, lse_BKGT.flatten(1, 2), None, None
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    return_attn_probs: bool,
+) -> tuple[Tensor, Tensor, None]:
+    """The public function of flash-attn 2, as far as `apb` calls it."""
+    assert return_attn_probs
+    out, lse, *_ = _flash_attn_forward(
+        q, k, v, 0.0, softmax_scale, causal, -1, -1, 0.0, None, False
+    )
+    return out, lse, None
 
 
 def _absent(*_: object, **__: object) -> NoReturn:
