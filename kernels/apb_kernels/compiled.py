@@ -115,11 +115,10 @@ def _constants(build: Build, config: TileConfig) -> dict[str, Any]:
         "BLOCK_M": config.rows,
         "BLOCK_N": config.keys,
         "BLOCK_D": padded_head_dim(build.head_dim),
-        "ALIGNED": 16 // DTYPES[build.dtype],
         "TMA": config.tma,
     }
     if build.kernel == "segment":
-        return common | {"CARRY": True}
+        return common | {"ALIGNED": 16 // DTYPES[build.dtype], "CARRY": True}
     return common | {"BLOCK_TAIL": 64, "HAS_TAIL": True, "HAS_TREE": True}
 
 

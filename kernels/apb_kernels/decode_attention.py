@@ -91,7 +91,7 @@ def decode_attention(
             G=group_size, D=head_dim,
             BLOCK_M=tile_rows, BLOCK_N=config.keys, BLOCK_D=padded_head_dim(head_dim),
             BLOCK_TAIL=max(16, triton.next_power_of_2(tail_k.shape[1])) if tail else 16,
-            ALIGNED=16 // q_HTD.element_size(), TMA=config.tma,
+            TMA=config.tma,
             HAS_TAIL=tail is not None, HAS_TREE=visible is not None,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def decode_attention_kernel(
     num_rows, tail_len, num_splits, scale_log2,
     G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr, ALIGNED: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr, TMA: tl.constexpr,
     HAS_TAIL: tl.constexpr, HAS_TREE: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed rows over one split of the shard, or over the tail as the last split."""

@@ -102,13 +102,18 @@ def unseen_rows(spans: Sequence[Span], num_rows: int) -> list[tuple[int, int]]:
     return [*gaps, (reached, num_rows)] if reached < num_rows else gaps
 
 
+def _row_stride(x_KSD: Tensor) -> int:
+    """A single row's may be anything, which a tensor descriptor would not take."""
+    return x_KSD.stride(1) if x_KSD.shape[1] > 1 else x_KSD.shape[2]
+
+
 def segment_table(segments: Sequence[KeySegment], device: torch.device) -> Tensor:
     """Addresses, strides in elements, number of keys and rule of each segment: int64 ``[S, 8]``."""
     rows = [
         [
             *(segment.k_KSD.data_ptr(), segment.v_KSD.data_ptr()),
-            *(segment.k_KSD.stride(0), segment.k_KSD.stride(1)),
-            *(segment.v_KSD.stride(0), segment.v_KSD.stride(1)),
+            *(segment.k_KSD.stride(0), _row_stride(segment.k_KSD)),
+            *(segment.v_KSD.stride(0), _row_stride(segment.v_KSD)),
             *(segment.k_KSD.shape[1], int(segment.causal)),
         ]
         for segment in segments

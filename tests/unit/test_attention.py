@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 BACKENDS: dict[str, AttentionBackend] = {
     name: config().build(AttentionTarget(CPU, torch.float32, 64))
     for name, config in PLUGINS["backend"].items()
-    if name != "flash"
+    if name != "flash" and not (name == "fused" and torch.cuda.is_available())
 } | {"flash": FlashBackend(flash_attn_func)}
 
 Spans = Sequence[tuple[int, int, int | None]]

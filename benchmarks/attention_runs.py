@@ -1,0 +1,186 @@
+"""Timing of attention: alternating repeats on a CPU, events with a cold cache on a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apb.attention.base import AttentionBackend, Segment
+from apb.balance import causal_pairs
+from benchmarks.attention_cases import Decode, Heads, Prefill, draw, segments_of
+
+_GPU_REPEAT_MS = 300
+_COPIED_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Time:
+    """One thing timed: seconds of each repeat, and what it did meanwhile."""
+
+    kind: str
+    """`plain`, `prefill`, `decode` or `copy`."""
+    name: str
+    case: str
+    seconds: list[float]
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """Times functions side by side."""
+
+    device: torch.device
+    repeats: int
+
+    def seconds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        for run in runs.values():
+            run()
+        if self.device.type == "cuda":
+            return {name: self._on_gpu(run) for name, run in runs.items()}
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(self.repeats):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                found[name].append(time.perf_counter() - begin)
+        return found
+
+    def _on_gpu(self, run: Callable[[], object]) -> list[float]:
+        from triton.testing import do_bench
+
+        every: list[float] = do_bench(run, rep=_GPU_REPEAT_MS, return_mode="all")
+        return [milliseconds / 1e3 for milliseconds in every]
+
+
+def run_plain(
+    lengths: Sequence[int], heads: Heads, device: torch.device, dtype: torch.dtype, watch: Stopwatch
+) -> Iterator[Time]:
+    """torch's own causal attention, by each of its fused kernels that runs here."""
+    for length in lengths:
+        q_HTD, [kv] = draw(heads, length, [length], device, dtype)
+        runs = dict(_plain_runs(q_HTD, kv, causal=True))
+        flops = 4 * heads.query * heads.dim * causal_pairs(length)
+        for name, seconds in watch.seconds(runs).items():
+            yield Time(
+                kind="plain",
+                name=name,
+                case=f"causal {length}",
+                seconds=seconds,
+                flops=flops,
+                bytes=0,
+            )
+
+
+def run_prefill(
+    cases: Sequence[Prefill],
+    contestants: Mapping[str, AttentionBackend],
+    heads: Heads,
+    device: torch.device,
+    dtype: torch.dtype,
+    watch: Stopwatch,
+) -> Iterator[Time]:
+    """Each backend on a block with upstream keys, and one plain call with as many pairs."""
+    scale = heads.dim**-0.5
+    for case in cases:
+        lengths = (case.local, case.anchor + case.received, case.pairs // case.local)
+        q_HTD, [local, upstream, same_work] = draw(heads, case.local, lengths, device, dtype)
+        before, after = segments_of(case, local, upstream)
+
+        def attend(
+            backend: AttentionBackend,
+            q_HTD: Tensor = q_HTD,
+            before: Sequence[Segment] = before,
+            after: Sequence[Segment] = after,
+        ) -> None:
+            carry = backend.attend(q_HTD, before, scale=scale)
+            backend.attend(q_HTD, after, scale=scale, carry=carry)
+
+        runs: dict[str, Callable[[], object]] = {
+            name: lambda backend=backend: attend(backend)  # type: ignore[misc]
+            for name, backend in contestants.items()
+        }
+        if "fused" in contestants:
+            runs["fused, one launch"] = lambda: contestants["fused"].attend(
+                q_HTD, [*before, *after], scale=scale  # noqa: B023
+            )
+        runs |= dict(_plain_runs(q_HTD, same_work, causal=False))
+        flops = 4 * heads.query * heads.dim * case.pairs
+        for name, seconds in watch.seconds(runs).items():
+            yield Time(
+                kind="prefill",
+                name=name,
+                case=f"local {case.local}, anchor {case.anchor}, received {case.received}",
+                seconds=seconds,
+                flops=flops,
+                bytes=0,
+            )
+
+
+def _plain_runs(
+    q_HTD: Tensor, kv: Tensor, *, causal: bool
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Plain attention by each of torch's fused kernels."""
+    groups = q_HTD.shape[0] // kv.shape[1]
+    if q_HTD.device.type == "cpu":
+        q_KGTD = q_HTD.unflatten(0, (-1, groups))
+        k_KGSD, v_KGSD = (x[:, None].expand(-1, groups, -1, -1) for x in kv)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        yield "ATen flash", lambda: flash(q_KGTD, k_KGSD, v_KGSD, 0.0, causal)
+        return
+    q_1HTD, k_1KSD, v_1KSD = q_HTD[None], kv[0][None], kv[1][None]
+    yield (
+        "ATen flash",
+        lambda: torch.ops.aten._scaled_dot_product_flash_attention(
+            q_1HTD, k_1KSD, v_1KSD, 0.0, causal, False
+        ),
+    )
+    k_1HSD, v_1HSD = (x.repeat_interleave(groups, dim=1) for x in (k_1KSD, v_1KSD))
+    yield (
+        "cuDNN",
+        lambda: torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q_1HTD, k_1HSD, v_1HSD, None, True, 0.0, causal, False
+        ),
+    )
+
+
+def run_decode(
+    cases: Sequence[Decode],
+    contestants: Mapping[str, AttentionBackend],
+    heads: Heads,
+    device: torch.device,
+    dtype: torch.dtype,
+    watch: Stopwatch,
+) -> Iterator[Time]:
+    """Few rows over a shard and themselves, and a copy, which is what the memory can do."""
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = watch.seconds({"copy": lambda: target.copy_(source)})["copy"]
+    yield Time(
+        kind="copy", name="copy", case="copy", seconds=copied, flops=0, bytes=2 * _COPIED_BYTES
+    )
+    for case in cases:
+        q_HTD, [shard, own] = draw(heads, case.rows, (case.keys, case.rows), device, dtype)
+        segments = [
+            Segment(0, case.rows, *shard),
+            Segment(0, case.rows, *own, causal=True),
+        ]
+        runs: dict[str, Callable[[], object]] = {
+            name: lambda backend=backend, q_HTD=q_HTD, segments=segments: backend.attend(  # type: ignore[misc]
+                q_HTD, segments, scale=heads.dim**-0.5
+            )
+            for name, backend in contestants.items()
+        }
+        for name, seconds in watch.seconds(runs).items():
+            yield Time(
+                kind="decode",
+                name=name,
+                case=f"{case.rows} rows, {case.keys} keys",
+                seconds=seconds,
+                flops=4 * heads.query * heads.dim * case.rows * case.keys,
+                bytes=shard.numel() * shard.element_size(),
+            )
