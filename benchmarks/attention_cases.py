@@ -14,8 +14,8 @@ from torch import Tensor
 from apb.attention.base import AttentionBackend, AttentionTarget, Segment
 from apb.attention.reference import ReferenceBackend
 from apb.balance import causal_pairs
-from apb.config import PLUGINS
 from apb.errors import ApbError, InputError
+from apb.plugins import PLUGINS
 
 _COMPETING = ("fused", "flash", "sdpa")
 
@@ -75,7 +75,9 @@ def backends(
     found = {}
     for name in _COMPETING:
         try:
-            found[name] = PLUGINS["backend"][name]().build(AttentionTarget(device, dtype, heads.dim))
+            found[name] = PLUGINS["backend"][name]().build(
+                AttentionTarget(device, dtype, heads.dim)
+            )
         except InputError:
             continue
     return found
@@ -94,8 +96,8 @@ def draw(
 
 def segments_of(case: Prefill, local: Tensor, upstream: Tensor) -> tuple[list[Segment], ...]:
     """What runs while the exchange does, and what comes after it."""
-    before = [Segment(0, case.local, *local, causal=True)]
-    return before, [Segment(0, case.local, *upstream)]
+    before = [Segment(0, case.local, local[0], local[1], causal=True)]
+    return before, [Segment(0, case.local, upstream[0], upstream[1])]
 
 
 def check_backends(

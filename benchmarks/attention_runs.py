@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,29 +86,11 @@ def run_prefill(
     watch: Stopwatch,
 ) -> Iterator[Time]:
     """Each backend on a block with upstream keys, and one plain call with as many pairs."""
-    scale = heads.dim**-0.5
     for case in cases:
         lengths = (case.local, case.anchor + case.received, case.pairs // case.local)
         q_HTD, [local, upstream, same_work] = draw(heads, case.local, lengths, device, dtype)
-        before, after = segments_of(case, local, upstream)
-
-        def attend(
-            backend: AttentionBackend,
-            q_HTD: Tensor = q_HTD,
-            before: Sequence[Segment] = before,
-            after: Sequence[Segment] = after,
-        ) -> None:
-            carry = backend.attend(q_HTD, before, scale=scale)
-            backend.attend(q_HTD, after, scale=scale, carry=carry)
-
-        runs: dict[str, Callable[[], object]] = {
-            name: lambda backend=backend: attend(backend)  # type: ignore[misc]
-            for name, backend in contestants.items()
-        }
-        if "fused" in contestants:
-            runs["fused, one launch"] = lambda: contestants["fused"].attend(
-                q_HTD, [*before, *after], scale=scale  # noqa: B023
-            )
+        segments = segments_of(case, local, upstream)
+        runs = dict(_prefill_runs(contestants, q_HTD, *segments, scale=heads.dim**-0.5))
         runs |= dict(_plain_runs(q_HTD, same_work, causal=False))
         flops = 4 * heads.query * heads.dim * case.pairs
         for name, seconds in watch.seconds(runs).items():
@@ -119,6 +102,27 @@ def run_prefill(
                 flops=flops,
                 bytes=0,
             )
+
+
+def _prefill_runs(
+    contestants: Mapping[str, AttentionBackend],
+    q_HTD: Tensor,
+    before: Sequence[Segment],
+    after: Sequence[Segment],
+    *,
+    scale: float,
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each backend in two calls, the second continuing the first; `fused` in one as well."""
+
+    def attend(backend: AttentionBackend) -> None:
+        carry = backend.attend(q_HTD, before, scale=scale)
+        backend.attend(q_HTD, after, scale=scale, carry=carry)
+
+    for name, backend in contestants.items():
+        yield name, partial(attend, backend)
+    if "fused" in contestants:
+        both = [*before, *after]
+        yield "fused, one launch", lambda: contestants["fused"].attend(q_HTD, both, scale=scale)
 
 
 def _plain_runs(
@@ -166,13 +170,11 @@ def run_decode(
     for case in cases:
         q_HTD, [shard, own] = draw(heads, case.rows, (case.keys, case.rows), device, dtype)
         segments = [
-            Segment(0, case.rows, *shard),
-            Segment(0, case.rows, *own, causal=True),
+            Segment(0, case.rows, shard[0], shard[1]),
+            Segment(0, case.rows, own[0], own[1], causal=True),
         ]
         runs: dict[str, Callable[[], object]] = {
-            name: lambda backend=backend, q_HTD=q_HTD, segments=segments: backend.attend(  # type: ignore[misc]
-                q_HTD, segments, scale=heads.dim**-0.5
-            )
+            name: partial(backend.attend, q_HTD, segments, scale=heads.dim**-0.5)
             for name, backend in contestants.items()
         }
         for name, seconds in watch.seconds(runs).items():

@@ -10,6 +10,7 @@ import argparse
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -45,13 +46,15 @@ class Build(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes, per thread or per block, and whether it uses Hopper's units."""
+    """What a compiled kernel takes, per thread or per block, and which units it uses."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
     wgmma: bool
     tma: bool
+    async_copies: bool
+    """Keys are loaded 16 bytes at once, past the registers; not so, alignment was lost."""
 
 
 def shipped(
@@ -105,6 +108,7 @@ def resources(build: Build, config: TileConfig | None = None) -> Resources:
         shared_bytes=compiled.metadata.shared,
         wgmma="wgmma.mma_async" in ptx,
         tma="cp.async.bulk.tensor" in ptx,
+        async_copies="cp.async.cg" in ptx or "cp.async.bulk.tensor" in ptx,
     )
 
 
@@ -154,8 +158,8 @@ def render(builds: Sequence[Build], found: Sequence[Resources]) -> list[str]:
     """A table in Markdown, a line per kernel."""
     lines = [
         "| kernel | GPU | dtype | head size | rows x keys | warps, stages | registers "
-        "| spilled bytes | shared KiB | wgmma | TMA |",
-        "| --- | --- | --- | ---: | --- | --- | ---: | ---: | ---: | --- | --- |",
+        "| spilled bytes | shared KiB | wgmma | TMA | async copies |",
+        "| --- | --- | --- | ---: | --- | --- | ---: | ---: | ---: | --- | --- | --- |",
     ]
     for build, used in zip(builds, found, strict=True):
         config = build.config
@@ -163,9 +167,13 @@ def render(builds: Sequence[Build], found: Sequence[Resources]) -> list[str]:
             f"| {build.kernel} | sm_{build.capability} | {build.dtype} | {build.head_dim} "
             f"| {config.rows} x {config.keys} | {config.warps}, {config.stages} "
             f"| {used.registers} | {used.spilled_bytes} | {used.shared_bytes / 1024:.0f} "
-            f"| {'yes' if used.wgmma else ''} | {'yes' if used.tma else ''} |"
+            f"| {_yes(used.wgmma)} | {_yes(used.tma)} | {_yes(used.async_copies)} |"
         )
     return lines
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -178,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[*HEAD_DIMS])
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")  # of Triton's own, about its defaults
     builds = list(shipped(args.kernels, args.capabilities, args.dtypes, args.head_dims))
     for line in render(builds, build_all(builds, processes=args.processes)):
         print(line)

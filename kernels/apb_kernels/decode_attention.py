@@ -151,13 +151,13 @@ def decode_attention_kernel(
         p_tail_k += i_kv * stride_tkh
         p_tail_v += i_kv * stride_tvh
         b_k = load_tail(p_tail_k, stride_tks, tail_len, D, BLOCK_TAIL, BLOCK_D)
-        b_s = tl.dot(b_q, b_k.T, input_precision="ieee") * scale_log2
+        b_s = tl.dot(b_q, b_k.T, input_precision="tf32x3") * scale_log2
         b_s = tl.where(m_seen & m_key[None, :], b_s, float("-inf"))
         b_max = tl.max(b_s, axis=1)
         b_p = tl.exp2(b_s - b_max[:, None])
         b_sum = tl.sum(b_p, axis=1)
         b_v = load_tail(p_tail_v, stride_tvs, tail_len, D, BLOCK_TAIL, BLOCK_D)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="tf32x3")
     else:
         length = tl.load(p_length)
         share = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_N) * BLOCK_N

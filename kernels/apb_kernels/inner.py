@@ -61,7 +61,7 @@ def attend_keys(b_acc, b_max, b_sum, b_q, k_source, v_source, stride_k, stride_v
     o_n = tl.arange(0, BLOCK_N)
     for i_key in tl.range(first, stop, BLOCK_N):
         b_k = load_keys(k_source, stride_k, i_key, stop, D, BLOCK_N, BLOCK_D, TMA, BOUNDARY)
-        b_s = tl.dot(b_q, b_k.T, input_precision="ieee")
+        b_s = tl.dot(b_q, b_k.T, input_precision="tf32x3")
         if BOUNDARY:
             b_s = tl.where((i_key + o_n)[None, :] < b_visible[:, None], b_s, float("-inf"))
         b_peak = tl.maximum(b_max, tl.max(b_s, axis=1) * scale_log2)
@@ -69,6 +69,6 @@ def attend_keys(b_acc, b_max, b_sum, b_q, k_source, v_source, stride_k, stride_v
         b_decay = tl.exp2(b_max - b_peak)
         b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
         b_v = load_keys(v_source, stride_v, i_key, stop, D, BLOCK_N, BLOCK_D, TMA, BOUNDARY)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="tf32x3")
         b_max = b_peak
     return b_acc, b_max, b_sum

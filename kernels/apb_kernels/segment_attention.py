@@ -88,7 +88,7 @@ def segment_attention(
             carry.out_THD,
             carry.lse_TH,
             tiles,
-            segment_table(kept, q_HTD.device),
+            segment_table(kept, q_HTD),
             *q_HTD.stride()[:2],
             *carry.out_THD.stride()[:2],
             *carry.lse_TH.stride(),
@@ -164,10 +164,8 @@ def segment_attention_fwd_kernel(
         stride_vs = tl.multiple_of(tl.load(p_segment + 5), ALIGNED)
         num_keys = tl.load(p_segment + 6).to(tl.int32)
         is_causal = tl.load(p_segment + 7) != 0
-        k_address = tl.multiple_of(tl.load(p_segment), 16)
-        v_address = tl.multiple_of(tl.load(p_segment + 1), 16)
-        p_k = k_address.to(tl.pointer_type(p_q.dtype.element_ty)) + i_kv * stride_kh
-        p_v = v_address.to(tl.pointer_type(p_q.dtype.element_ty)) + i_kv * stride_vh
+        p_k = p_q + tl.multiple_of(tl.load(p_segment), ALIGNED) + i_kv * stride_kh
+        p_v = p_q + tl.multiple_of(tl.load(p_segment + 1), ALIGNED) + i_kv * stride_vh
         k_source = keys_of(p_k, stride_ks, num_keys, D, BLOCK_N, BLOCK_D, TMA)
         v_source = keys_of(p_v, stride_vs, num_keys, D, BLOCK_N, BLOCK_D, TMA)
 

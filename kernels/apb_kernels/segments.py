@@ -107,11 +107,16 @@ def _row_stride(x_KSD: Tensor) -> int:
     return x_KSD.stride(1) if x_KSD.shape[1] > 1 else x_KSD.shape[2]
 
 
-def segment_table(segments: Sequence[KeySegment], device: torch.device) -> Tensor:
-    """Addresses, strides in elements, number of keys and rule of each segment: int64 ``[S, 8]``."""
+def segment_table(segments: Sequence[KeySegment], q_HTD: Tensor) -> Tensor:
+    """Places, strides, number of keys and rule of each segment: int64 ``[S, 8]``.
+
+    A place is a distance from the queries in elements, not an address: the compiler knows how an
+    argument of the kernel is aligned, but nothing of a pointer made from a number, and would load
+    keys one by one.
+    """
     rows = [
         [
-            *(segment.k_KSD.data_ptr(), segment.v_KSD.data_ptr()),
+            *(_distance(segment.k_KSD, q_HTD), _distance(segment.v_KSD, q_HTD)),
             *(segment.k_KSD.stride(0), _row_stride(segment.k_KSD)),
             *(segment.v_KSD.stride(0), _row_stride(segment.v_KSD)),
             *(segment.k_KSD.shape[1], int(segment.causal)),
@@ -119,7 +124,12 @@ def segment_table(segments: Sequence[KeySegment], device: torch.device) -> Tenso
         for segment in segments
     ]
     table = torch.tensor(rows, dtype=torch.int64)
-    if device.type == "cuda":
+    if q_HTD.device.type == "cuda":
         # Pinned, so that the copy does not wait for what the device is still computing.
-        return table.pin_memory().to(device, non_blocking=True)
+        return table.pin_memory().to(q_HTD.device, non_blocking=True)
     return table
+
+
+def _distance(x_KSD: Tensor, q_HTD: Tensor) -> int:
+    """Exact, as both start at multiples of 16 bytes."""
+    return (x_KSD.data_ptr() - q_HTD.data_ptr()) // q_HTD.element_size()

@@ -32,17 +32,37 @@ class TileConfig:
         return asdict(self)
 
 
+_WIDE = {
+    # fp32 keys take twice the registers, and products of three tf32 parts more still.
+    "segment": {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    "decode": {64: (16, 32, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+}
+_NARROW = {
+    80: {
+        "segment": {64: (128, 64, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+        "decode": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+    },
+    90: {
+        "segment": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        "decode": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+    },
+    100: {
+        "segment": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "decode": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+    },
+}
+"""Rows, keys, warps, stages by kernel and largest head size; 16-bit ones by compute capability."""
+
+
 def default_config(kernel: str, capability: int, itemsize: int, head_dim: int) -> TileConfig:
-    """What is shipped for a GPU that nobody has tuned: compiled without spills (see `compile`)."""
-    wide = head_dim > 128
-    if kernel == "decode":
-        rows = 16 if itemsize == 4 else 64
-        return TileConfig(rows=rows, keys=32 if wide or itemsize == 4 else 64, warps=4, stages=2)
-    if itemsize == 4:
-        return TileConfig(rows=32, keys=32, warps=4 if not wide else 8, stages=1)
-    if capability >= 90:
-        return TileConfig(rows=128, keys=64 if wide else 128, warps=8, stages=2, tma=True)
-    return TileConfig(rows=128, keys=32 if wide else 64, warps=8, stages=2)
+    """What is shipped for a GPU that nobody has tuned: what compiles without spills."""
+    sizes = _WIDE[kernel]
+    if itemsize == 2:
+        generation = max(known for known in _NARROW if known <= max(capability, 80))
+        sizes = _NARROW[generation][kernel]
+    rows, keys, warps, stages = sizes[next(size for size in sizes if head_dim <= size)]
+    tma = capability >= 90 and itemsize == 2
+    return TileConfig(rows=rows, keys=keys, warps=warps, stages=stages, tma=tma)
 
 
 def table_key(kernel: str, dtype: torch.dtype, head_dim: int) -> str:

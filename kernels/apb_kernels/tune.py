@@ -45,10 +45,9 @@ def candidates(kernel: str, capability: int, dtype: torch.dtype) -> Iterator[Til
     rows = (16, 32, 64, 128) if kernel == "decode" else (64, 128, 256)
     keys = (32, 64, 128)
     tma = (False, True) if capability >= 90 else (False,)
-    for values in product(rows, keys, (4, 8), (2, 3, 4), tma):
-        config = TileConfig(**dict(zip(("rows", "keys", "warps", "stages", "tma"), values)))  # noqa: B905
-        if dtype is not torch.float32 or config.rows * config.keys <= 64 * 64:
-            yield config
+    for m, n, warps, stages, descriptors in product(rows, keys, (4, 8), (2, 3, 4), tma):
+        if dtype is not torch.float32 or m * n <= 64 * 64:
+            yield TileConfig(rows=m, keys=n, warps=warps, stages=stages, tma=descriptors)
 
 
 def workload(kernel: str, dtype: torch.dtype, head_dim: int) -> Callable[[TileConfig], object]:
@@ -83,7 +82,7 @@ def fastest(kernel: str, dtype: torch.dtype, head_dim: int) -> TileConfig:
     found: list[tuple[float, TileConfig]] = []
     for config in dict.fromkeys([default, *candidates(kernel, capability, dtype)]):
         try:
-            milliseconds = do_bench(lambda config=config: run(config), warmup=10, rep=60)  # type: ignore[misc]
+            milliseconds = do_bench(lambda config=config: run(config), warmup=10, rep=60)
         except (OutOfResources, CompilationError, PTXASError) as error:
             print(f"  {config}: {type(error).__name__}")
             continue

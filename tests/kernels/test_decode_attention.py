@@ -79,7 +79,8 @@ def test_any_split_equals_attention_over_shard_and_tail(
     tree_TN = draw_tree(num_rows, seed).to(device) if tail == "tree" else None
     found = decode_attention(
         q_HTD,
-        *shard,
+        shard[0],
+        shard[1],
         length_of(num_keys, device),
         scale=0.25,
         tail=None if tail == "none" else Tail(own_k, own_v, tree_TN),
@@ -100,7 +101,10 @@ def test_a_captured_launch_follows_the_length() -> None:
     q_HTD = torch.randn(8, 3, 64, device="cuda", dtype=torch.bfloat16)
     k_KSD, v_KSD = torch.randn(2, 2, 4096, 64, device="cuda", dtype=torch.bfloat16)
     length = length_of(100, "cuda")
-    run = lambda: decode_attention(q_HTD, k_KSD, v_KSD, length, scale=0.125)  # noqa: E731
+
+    def run() -> Partial:
+        return decode_attention(q_HTD, k_KSD, v_KSD, length, scale=0.125)
+
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from apb import LLM, InputError, SamplingParams
@@ -31,7 +33,7 @@ def test_fused_gives_the_tokens_of_the_specification(compressor: str) -> None:
     ],
 )
 def test_a_backend_that_cannot_run_is_refused_before_loading(
-    settings: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match=words), LLM("tiny", device="cpu", **settings):

@@ -27,8 +27,17 @@ POINTERS = TileConfig(rows=16, keys=16, warps=4, stages=1)
 DESCRIPTORS = replace(POINTERS, tma=True)
 
 
-def draw(*shape: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+def draw(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(device=device, dtype=dtype)
+
+
+def draw_segment(
+    start: int, stop: int, num_keys: int | None, head_dim: int, device: str
+) -> Segment:
+    """Causal without a number of keys."""
+    length = stop - start if num_keys is None else num_keys
+    k_KSD, v_KSD = draw(2, 2, length, head_dim, device=device)
+    return Segment(start, stop, k_KSD, v_KSD, causal=num_keys is None)
 
 
 def attend_exactly(
@@ -73,18 +82,10 @@ def test_any_packing_equals_the_specification(
 ) -> None:
     num_rows = max((stop for _, stop, _ in spans), default=3) + 2
     q_HTD = draw(2 * group_size, num_rows, 16, device=device)
-    segments = [
-        Segment(
-            start,
-            stop,
-            *draw(2, 2, stop - start if num_keys is None else num_keys, 16, device=device),
-            causal=num_keys is None,
-        )
-        for start, stop, num_keys in spans
-    ]
+    segments = [draw_segment(*span, 16, device) for span in spans]
     carry = None
     if with_carry:
-        earlier = [Segment(0, num_rows, *draw(2, 2, 7, 16, device=device))]
+        earlier = [draw_segment(0, num_rows, 7, 16, device)]
         carry = Partial(*segment_attention(q_HTD, earlier, scale=0.25))
         segments_so_far = [*earlier, *segments]
     else:
@@ -98,10 +99,7 @@ def test_any_packing_equals_the_specification(
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 def test_head_sizes(head_dim: int, tma: bool, device: str) -> None:
     q_HTD = draw(6, 19, head_dim, device=device)
-    segments = [
-        Segment(0, 19, *draw(2, 2, 19, head_dim, device=device), causal=True),
-        Segment(0, 19, *draw(2, 2, 21, head_dim, device=device)),
-    ]
+    segments = [draw_segment(0, 19, keys, head_dim, device) for keys in (None, 21)]
     scale = head_dim**-0.5
     found = segment_attention(q_HTD, segments, scale=scale, config=replace(POINTERS, tma=tma))
     assert_exact(found, attend_exactly(q_HTD, segments, scale))

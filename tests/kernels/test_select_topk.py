@@ -41,7 +41,9 @@ def test_the_same_tokens_as_the_specification_and_their_kv(
     )
     message = torch.full((budget + 2, 2, num_heads, 8), math.nan, device=device)
     found = select_topk(
-        *(x.to(device) for x in (scores_KS, k_KSD, v_KSD)),
+        scores_KS.to(device),
+        k_KSD.to(device),
+        v_KSD.to(device),
         message[1:-1],
         pool=pool,
         excluded=excluded,
@@ -58,12 +60,10 @@ def test_more_tokens_than_a_tile(budget: int, device: str) -> None:
     scores_KS = torch.randint(0, 50, (2, 2600)).float()
     k_KSD, v_KSD = torch.randn(2, 2, 2600, 16).bfloat16()
     expected_P2KD, found_P2KD = torch.zeros(2, budget, 2, 2, 16)
-    arguments = [x.to(device) for x in (scores_KS, k_KSD, v_KSD)]
+    scores_there, k_there, v_there = (x.to(device) for x in (scores_KS, k_KSD, v_KSD))
     found_P2KD = found_P2KD.to(device)
-    expected = selection.select_topk(
-        scores_KS, k_KSD, v_KSD, expected_P2KD, pool=5, excluded=40
-    )
-    found = select_topk(*arguments, found_P2KD, pool=5, excluded=40)
+    expected = selection.select_topk(scores_KS, k_KSD, v_KSD, expected_P2KD, pool=5, excluded=40)
+    found = select_topk(scores_there, k_there, v_there, found_P2KD, pool=5, excluded=40)
     assert torch.equal(found.cpu().long(), expected)
     assert torch.equal(found_P2KD.cpu(), expected_P2KD)
 
@@ -71,8 +71,8 @@ def test_more_tokens_than_a_tile(budget: int, device: str) -> None:
 @at_home
 def test_scores_that_are_not_numbers_are_kept_first(device: str) -> None:
     scores_KS = torch.tensor([[1.0, math.inf, math.nan, 0.0, -math.nan, 2.0]], device=device)
-    kv = torch.randn(2, 1, 6, 8, device=device)
-    found = select_topk(scores_KS, *kv, torch.empty(3, 2, 1, 8, device=device))
+    k_KSD, v_KSD = torch.randn(2, 1, 6, 8, device=device)
+    found = select_topk(scores_KS, k_KSD, v_KSD, torch.empty(3, 2, 1, 8, device=device))
     assert found.tolist() == [[1, 2, 4]]
 
 
