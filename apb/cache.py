@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,14 @@ class KVCacheShard:
         stop = self._length + positions_T.shape[0]
         self._positions_S[self._length : stop] = positions_T
         self._length = stop
+
+    def keep(self, rows: Sequence[int], positions_T: Tensor) -> None:
+        """Commit some of the rows just written, closing the gaps that the others leave."""
+        if list(rows) != list(range(len(rows))):
+            rows_T = torch.tensor(rows, dtype=torch.int64, device=self._kv_L2KSD.device)
+            kept = self._kv_L2KSD[:, :, :, self._length + rows_T]
+            self._kv_L2KSD[:, :, :, self._length : self._length + len(rows)] = kept
+        self.commit(positions_T)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

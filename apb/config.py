@@ -1,13 +1,10 @@
-"""The configuration: one dataclass, and one table of plug-ins. The schema is the registry.
-
-To add a plug-in: a file with its class and config, a line in `PLUGINS`, a YAML file in `conf/`.
-"""
+"""The configuration, one dataclass; `apb.plugins` lists what its groups can be."""
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -21,57 +18,18 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from apb.attention.auto import AutoBackendConfig
 from apb.attention.base import BackendConfig
-from apb.attention.flash import FlashConfig
-from apb.attention.fused import FusedConfig
-from apb.attention.reference import ReferenceConfig
-from apb.attention.sdpa import SdpaConfig
-from apb.compress.knorm import KnormConfig
-from apb.compress.query import QueryConfig
-from apb.compress.random import RandomConfig
-from apb.compress.window import WindowConfig
 from apb.errors import InputError
-from apb.methods.apb import ApbConfig
 from apb.methods.audit import AuditSample
-from apb.methods.auto import AutoConfig
 from apb.methods.base import MethodConfig
-from apb.methods.full import FullConfig
 from apb.methods.placement import Placement
-from apb.methods.ring import RingConfig
-from apb.methods.star import StarConfig
-from apb.methods.ulysses import UlyssesConfig
-from apb.methods.zigzag import ZigzagConfig
 from apb.model_config import ModelConfig, RuntimeConfig
 from apb.paths import config_dir
-from apb.prompts.source import FileConfig, NeedleConfig, PromptConfig, TextConfig
+from apb.plugins import PLUGINS
+from apb.prompts.source import PromptConfig
 from apb.sampling import SamplingParams
+from apb.speculate.base import DrafterConfig
 
-PLUGINS: Mapping[str, Mapping[str, type]] = {
-    "method": {
-        "apb": ApbConfig,
-        "star": StarConfig,
-        "ring": RingConfig,
-        "zigzag": ZigzagConfig,
-        "ulysses": UlyssesConfig,
-        "full": FullConfig,
-        "auto": AutoConfig,
-    },
-    "method/compressor": {
-        "query": QueryConfig,
-        "window": WindowConfig,
-        "knorm": KnormConfig,
-        "random": RandomConfig,
-    },
-    "backend": {
-        "auto": AutoBackendConfig,
-        "fused": FusedConfig,
-        "flash": FlashConfig,
-        "sdpa": SdpaConfig,
-        "reference": ReferenceConfig,
-    },
-    "prompt": {"needle": NeedleConfig, "file": FileConfig, "text": TextConfig},
-}
 APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = ("prompt.document", "prompt.query", "model.path", "output")
@@ -162,6 +120,7 @@ class RunConfig:
     backend: BackendConfig = MISSING
     prompt: PromptConfig = MISSING
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    drafter: DrafterConfig = MISSING
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     num_blocks: int | None = None

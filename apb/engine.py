@@ -21,6 +21,7 @@ from apb.methods.handoff import HandOff
 from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan
 from apb.prompts.base import PromptTokens
+from apb.speculate.tree import DraftTree
 
 
 class TargetModel(Protocol):
@@ -135,6 +136,34 @@ class Engine:
         if self.is_owner:
             self._cache.commit(positions_T)
         return hidden_TM
+
+    def read_tree(self, tree: DraftTree) -> Tensor:
+        """Hidden states ``[N, M]`` of a tree's nodes, which see the context and their ancestors.
+
+        `keep` has to follow. A rank that has handed its shard over returns none.
+        """
+        step = self._next_step()
+        if not self.is_owner and not self.decodes_together:
+            return torch.empty((0, 0), device=self.model.device)
+        assert self._decode is not None, "read_tree before prefill"
+        self._decode.step = step
+        if self.is_owner and not tree.is_chain:
+            self._decode.visible_TT = tree.visible().to(self.model.device)
+        positions_N = self._positions([self.next_position + depth for depth in tree.depths])
+        try:
+            hidden_NM = self.model.forward(tree.tokens, positions_N, self._decode.attend)
+        finally:
+            self._decode.visible_TT = None
+        self.decode_comm.verify()
+        return hidden_NM
+
+    def keep(self, tree: DraftTree, path: Sequence[int]) -> None:
+        """Of the tree just read, cache the nodes of a path from the root and forget the others."""
+        if self.is_owner:
+            assert self._cache is not None, "keep before read_tree"
+            positions = [self.next_position + tree.depths[node] for node in path]
+            self._cache.keep(path, self._positions(positions))
+        self.next_position += len(path)
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` tokens that `extend` has read."""

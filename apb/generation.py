@@ -1,14 +1,16 @@
-"""Tokens after a prefill: read the query, choose token by token, or score given ones.
+"""Tokens after a prefill: read the query, then step by step a tree of drafts, or score given ones.
 
-Rank 0, the owner, chooses and tells the others: with every token where all ranks decode together,
-or once at the end where the cache was handed over and only the owner works.
+Rank 0, the owner, drafts, chooses and tells the others: with every step where all ranks decode
+together, or once at the end where the cache was handed over and only the owner works.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,10 @@ from apb.errors import RequestError
 from apb.methods.decode import OWNER
 from apb.metrics import Timeline
 from apb.sampling import Sampler, SamplingParams
+from apb.speculate.base import Verified
+from apb.speculate.speculator import Speculator
+from apb.speculate.tree import DraftTree
+from apb.speculate.verify import accept
 
 _LOGIT_ROWS = 256
 """Rows whose logits are held at once when scoring: 256 rows of 128K logits are 128 MiB."""
@@ -27,7 +33,7 @@ _AT_THE_END = Tag(0, 0, Kind.CONTROL)
 
 
 class Verdict(IntEnum):
-    """What the owner tells the other ranks with each token."""
+    """How the owner wants to go on after a step."""
 
     CONTINUE = 0
     STOP = 1
@@ -43,6 +49,39 @@ class Step(NamedTuple):
     finish_reason: str | None
 
 
+class Outcome(NamedTuple):
+    """What the owner tells the other ranks after each forward pass."""
+
+    verdict: Verdict
+    token_ids: tuple[int, ...]
+    """What was emitted."""
+    path: tuple[int, ...]
+    """Which nodes of the tree that was read are kept, the root first; none after the question."""
+    tree: DraftTree
+    """What is read next."""
+
+    def packed(self, max_nodes: int) -> list[int]:
+        """As many integers whatever happened: a tree's size bounds all that follows from it."""
+        sizes = [len(self.token_ids), len(self.path), len(self.tree)]
+        nodes = [*self.tree.tokens, *self.tree.parents]
+        packed = [self.verdict, *sizes, *self.token_ids, *self.path, *nodes]
+        return [*packed, *[0] * (_packed_size(max_nodes) - len(packed))]
+
+    @classmethod
+    def unpacked(cls, packed: Sequence[int]) -> Outcome:
+        verdict, num_tokens, path_len, num_nodes, *rest = packed
+        values = iter(rest)
+        token_ids, path, tokens, parents = (
+            tuple(islice(values, size)) for size in (num_tokens, path_len, num_nodes, num_nodes)
+        )
+        tree = DraftTree(tokens, parents, (0,) * num_nodes)
+        return cls(Verdict(verdict), token_ids, path, tree)
+
+
+def _packed_size(max_nodes: int) -> int:
+    return 4 + 4 * max_nodes
+
+
 def generate(
     engine: Engine,
     query_ids: Sequence[int],
@@ -51,8 +90,13 @@ def generate(
     timeline: Timeline,
     is_last: Callable[[int], bool],
     is_cancelled: Callable[[], bool] = lambda: False,
+    speculator: Speculator | None = None,
+    max_nodes: int = 1,
 ) -> Iterator[Step]:
-    """Read the query and decode; `Engine.prefill` has run with room for both.
+    """Read the query and decode; `Engine.prefill` has run with room for both and for a tree.
+
+    The tokens are those of plain decoding, whatever is drafted: each is chosen from the target's
+    own logits at its place, with the same draws where they are sampled.
 
     Args:
         engine: on every rank.
@@ -60,20 +104,17 @@ def generate(
         params: the sampler's settings; `max_tokens` at most.
         timeline: gets the phases `query` and `decode`.
         is_last: the owner's word on whether a token ends the answer (stop ids and strings).
-        is_cancelled: asked on the owner before each token.
+        is_cancelled: asked on the owner after each token.
+        speculator: the owner's, begun with the prompt; None for plain decoding.
+        max_nodes: of a tree, the same on every rank.
 
     Raises:
         RequestError: the logits are not finite, on every rank.
     """
-    steps = partial(
-        _steps,
-        engine,
-        query_ids,
-        params,
-        timeline=timeline,
-        is_last=is_last,
-        is_cancelled=is_cancelled,
-    )
+    writer = None
+    if engine.is_owner:
+        writer = _Writer(params, speculator, is_last=is_last, is_cancelled=is_cancelled)
+    steps = partial(_steps, engine, query_ids, writer, timeline=timeline, max_nodes=max_nodes)
     if engine.decodes_together:
         yield from steps()
     elif engine.is_owner:
@@ -110,43 +151,108 @@ def _told_by_owner(engine: Engine) -> Iterator[Step]:
 def _steps(
     engine: Engine,
     query_ids: Sequence[int],
-    params: SamplingParams,
+    writer: _Writer | None,
     *,
     timeline: Timeline,
-    is_last: Callable[[int], bool],
-    is_cancelled: Callable[[], bool],
+    max_nodes: int,
 ) -> Iterator[Step]:
-    sampler = Sampler(params)
-    pending: Sequence[int] = query_ids
-    for index in range(params.max_tokens):
-        with timeline.phase("decode" if index else "query"):
-            hidden_TM = engine.extend(pending)
-            token_id, verdict = _choose(engine, hidden_TM[-1:], sampler)
-            if verdict is Verdict.CONTINUE and engine.is_owner:
-                if is_last(token_id):
-                    verdict = Verdict.STOP
-                elif index + 1 == params.max_tokens:
-                    verdict = Verdict.LENGTH
-                elif is_cancelled():
-                    verdict = Verdict.CANCELLED
-            tag = Tag(engine.step, 0, Kind.CONTROL)
-            token_id, code = engine.decode_comm.broadcast_ints([token_id, verdict], tag, src=OWNER)
-        if code == Verdict.NOT_FINITE:
-            raise RequestError(_not_finite(engine.next_position - 1))
-        if code != Verdict.CONTINUE:
-            yield Step(token_id, Verdict(code).name.lower())
-            return
-        yield Step(token_id, None)
-        pending = [token_id]
+    with timeline.phase("query"):
+        hidden_TM = engine.extend(query_ids)
+        read = writer.read_query(engine, hidden_TM) if writer else None
+        outcome = _told(engine, max_nodes, read)
+    yield from _emitted(outcome, engine.next_position - 1)
+    while outcome.verdict is Verdict.CONTINUE:
+        with timeline.phase("decode"):
+            tree, position = outcome.tree, engine.next_position
+            hidden_NM = engine.read_tree(tree)
+            read = writer.read_tree(engine, tree, hidden_NM) if writer else None
+            outcome = _told(engine, max_nodes, read)
+            engine.keep(tree, outcome.path)
+        yield from _emitted(outcome, position)
 
 
-def _choose(engine: Engine, hidden_1M: Tensor, sampler: Sampler) -> tuple[int, Verdict]:
-    if not engine.is_owner:
-        return 0, Verdict.CONTINUE
-    logits_V = engine.model.logits(hidden_1M)[0]
-    if not bool(logits_V.isfinite().all()):
-        return 0, Verdict.NOT_FINITE
-    return sampler(logits_V), Verdict.CONTINUE
+def _told(engine: Engine, max_nodes: int, outcome: Outcome | None) -> Outcome:
+    """The owner's outcome on every rank that decodes."""
+    if engine.decode_comm.world_size == 1:
+        assert outcome is not None, "only the owner decodes alone"
+        return outcome
+    packed = [0] * _packed_size(max_nodes) if outcome is None else outcome.packed(max_nodes)
+    tag = Tag(engine.step, 0, Kind.CONTROL)
+    return Outcome.unpacked(engine.decode_comm.broadcast_ints(packed, tag, src=OWNER))
+
+
+def _emitted(outcome: Outcome, position: int) -> Iterator[Step]:
+    """The tokens of a forward pass; the last one says why it is the last."""
+    if outcome.verdict is Verdict.NOT_FINITE:
+        raise RequestError(_not_finite(position))
+    *earlier, last = outcome.token_ids
+    yield from (Step(token_id, None) for token_id in earlier)
+    ends = outcome.verdict is not Verdict.CONTINUE
+    yield Step(last, outcome.verdict.name.lower() if ends else None)
+
+
+class _Writer:
+    """The owner's part of decoding one answer: chooses tokens and drafts what is read next."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        speculator: Speculator | None,
+        *,
+        is_last: Callable[[int], bool],
+        is_cancelled: Callable[[], bool],
+    ) -> None:
+        self._sampler, self._speculator = Sampler(params), speculator
+        self._left = params.max_tokens
+        self._is_last, self._is_cancelled = is_last, is_cancelled
+        self._started = 0.0
+
+    def read_query(self, engine: Engine, hidden_TM: Tensor) -> Outcome:
+        logits_1V = engine.model.logits(hidden_TM[-1:])
+        root = DraftTree.of_root(0)  # stands for the question's last token
+        walk = accept(root, logits_1V, self._sampler)
+        if walk is None:
+            return Outcome(Verdict.NOT_FINITE, (), (), root)
+        outcome = self._judge([walk.token_id], ())
+        if self._speculator is not None:
+            self._speculator.first(walk.token_id)
+        return self._with_draft(outcome)
+
+    def read_tree(self, engine: Engine, tree: DraftTree, hidden_NM: Tensor) -> Outcome:
+        logits_NV = engine.model.logits(hidden_NM)
+        walk = accept(tree, logits_NV, self._sampler)
+        if walk is None:
+            return Outcome(Verdict.NOT_FINITE, (), (), tree)
+        verified = Verified(tree, walk.path, walk.token_id, hidden_NM, logits_NV)
+        outcome = self._judge(verified.new_ids, walk.path)
+        if self._speculator is not None:
+            self._speculator.observe(verified, seconds=time.perf_counter() - self._started)
+        return self._with_draft(outcome)
+
+    def _judge(self, token_ids: Sequence[int], path: tuple[int, ...]) -> Outcome:
+        """How the answer goes on; tokens behind its last one are dropped."""
+        verdict = Verdict.CONTINUE
+        for count, token_id in enumerate(token_ids, start=1):
+            self._left -= 1
+            if self._is_last(token_id):
+                verdict = Verdict.STOP
+            elif self._left == 0:
+                verdict = Verdict.LENGTH
+            elif self._is_cancelled():
+                verdict = Verdict.CANCELLED
+            if verdict is not Verdict.CONTINUE:
+                token_ids = token_ids[:count]
+                break
+        tree = DraftTree.of_root(token_ids[-1])
+        return Outcome(verdict, tuple(token_ids), path, tree)
+
+    def _with_draft(self, outcome: Outcome) -> Outcome:
+        """With the tree that the next forward pass reads."""
+        if self._speculator is not None and outcome.verdict is Verdict.CONTINUE:
+            tree = self._speculator.propose(outcome.token_ids[-1], room=self._left)
+            outcome = outcome._replace(tree=tree)
+        self._started = time.perf_counter()
+        return outcome
 
 
 def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -> list[float]:

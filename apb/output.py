@@ -44,6 +44,7 @@ class RequestMetrics:
     num_blocks: int
     backend: str
     """What computed attention; `auto` names its choice."""
+    drafter: str
     placement: str
     """Where the document's KV was while decoding: `sharded` or `rank0`."""
     layout: list[RankLayout]
@@ -57,6 +58,10 @@ class RequestMetrics:
     peak_memory_bytes: list[int]
     acceptance_length: float
     """Tokens emitted per forward pass of the target model while decoding."""
+    tree_nodes: float
+    """Tokens read per such pass, the drafted ones and the last of the answer; a mean."""
+    draft_s: float
+    """Drafting, which `decode_s` contains."""
     versions: dict[str, str]
     device: str
     dtype: str

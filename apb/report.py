@@ -15,6 +15,7 @@ from apb.methods.plan import PrefillPlan
 from apb.metrics import PeakMemory, Timeline
 from apb.output import LayerFinding, RankLayout, RequestMetrics
 from apb.prompts.base import PromptTokens
+from apb.speculate.speculator import SpeculationStats, Speculator
 
 
 class RequestMeter:
@@ -32,15 +33,19 @@ class RequestMeter:
     def first_token(self) -> None:
         self.ttft_s = self.ttft_s or self.timeline.elapsed_s()
 
-    def local(self) -> dict[str, float]:
-        """This rank's figures, to be gathered."""
+    def local(self, speculator: Speculator | None) -> dict[str, float]:
+        """This rank's figures, to be gathered; the owner's include those of its drafts."""
         phases_s = self.timeline.phases_s
+        stats = SpeculationStats() if speculator is None else speculator.stats
         return {
             "prefill_s": phases_s["prefill"],
             "decode_s": phases_s["decode"],
             "ttft_s": self.ttft_s,
             "bytes": self._comm.bytes_received - self._bytes_before,
             "peak_memory": self._memory.read(),
+            "acceptance_length": stats.acceptance_length,
+            "tree_nodes": stats.nodes / stats.steps if stats.steps else 1.0,
+            "draft_s": stats.draft_s,
         }
 
     def metrics(
@@ -51,6 +56,7 @@ class RequestMeter:
         *,
         method: str,
         backend: str,
+        drafter: str,
         placement: Placement,
         audit: list[LayerFinding],
         dtype: torch.dtype,
@@ -64,6 +70,7 @@ class RequestMeter:
             generated_tokens=generated,
             method=plan.method or method,
             backend=backend,
+            drafter=drafter,
             placement=placement.value,
             audit=audit,
             num_blocks=len(plan.layout.blocks),
@@ -74,7 +81,9 @@ class RequestMeter:
             tokens_per_s=(generated - 1) / decode_s if generated > 1 else 0.0,
             bytes_exchanged=[int(rank["bytes"]) for rank in ranks],
             peak_memory_bytes=[int(rank["peak_memory"]) for rank in ranks],
-            acceptance_length=1.0,
+            acceptance_length=ranks[0]["acceptance_length"],
+            tree_nodes=ranks[0]["tree_nodes"],
+            draft_s=ranks[0]["draft_s"],
             versions={name: _version(name) for name in ("apb", "torch", "transformers")},
             device=device_name(self._comm.device),
             dtype=str(dtype).removeprefix("torch."),

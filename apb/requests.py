@@ -22,11 +22,13 @@ class Question(NamedTuple):
 
     prompt: PromptTokens
     sampling: SamplingParams
+    max_nodes: int
+    """Of a tree of drafts."""
 
     @property
     def room(self) -> int:
         """New tokens that have to be cached beside the context."""
-        return len(self.prompt.query_ids) + self.sampling.max_tokens
+        return len(self.prompt.query_ids) + self.sampling.max_tokens + self.max_nodes - 1
 
 
 class Continuation(NamedTuple):
@@ -65,7 +67,8 @@ class RequestReader:
         )
         sampling = SamplingParams(**params)
         max_tokens = self._max_tokens(prompt, sampling.max_tokens)
-        return Question(prompt, replace(sampling, max_tokens=max_tokens))
+        sampling = replace(sampling, max_tokens=max_tokens)
+        return Question(prompt, sampling, self._config.drafter.max_nodes)
 
     def continuation(
         self, document: Given, continuation: Given, query: Given | None

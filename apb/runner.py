@@ -32,6 +32,7 @@ from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Given, Question, RequestReader
+from apb.speculate.speculator import Speculator
 
 Reply = dict[str, Any]
 R = TypeVar("R", Question, Continuation)
@@ -156,12 +157,15 @@ class RequestRunner:
             partial(self._reader.question, document, question, params),
         )
         meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
+        speculator = Speculator(self._config.drafter) if self.is_owner else None
+        if speculator is not None:
+            speculator.begin([*request.prompt.context_ids, *request.prompt.query_ids])
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
             with meter.timeline.phase("prefill"):
                 ready = self._read(request, ready)
             self._progress.begin("answering, tokens", request.sampling.max_tokens)
-            output = yield from self._answer(request, ready, meter, is_cancelled)
+            output = yield from self._answer(request, ready, meter, speculator, is_cancelled)
         finally:
             self._progress.close()
             ready.engine.release()
@@ -193,6 +197,7 @@ class RequestRunner:
         request: Question,
         ready: _Ready,
         meter: RequestMeter,
+        speculator: Speculator | None,
         is_cancelled: Callable[[], bool],
     ) -> Generator[Reply, None, RequestOutput]:
         """Decode after a prefill: yields the pieces of the text, returns the whole."""
@@ -203,11 +208,10 @@ class RequestRunner:
             stop=sampling.stop,
             stop_ids=(*eos_ids, *sampling.stop_token_ids),
         )
-        piece, steps = "", list[Step]()
+        pieces, steps = list[str](), list[Step]()
 
         def is_last(token_id: int) -> bool:
-            nonlocal piece
-            piece = answer.push(token_id)
+            pieces.append(answer.push(token_id))
             return answer.stopped
 
         for step in generate(
@@ -217,21 +221,25 @@ class RequestRunner:
             timeline=meter.timeline,
             is_last=is_last,
             is_cancelled=is_cancelled,
+            speculator=speculator,
+            max_nodes=request.max_nodes,
         ):
             meter.first_token()
             if not self.is_owner:  # the owner's engine has asked already
                 is_last(step.token_id)
             steps.append(step)
             self._progress.advance()
-            yield {"piece": piece}
+            yield {"piece": "".join(pieces)}
+            pieces.clear()
         yield {"piece": answer.finish()}
         finish_reason = "stop" if answer.stopped else steps[-1].finish_reason or ""
         metrics = meter.metrics(
             request.prompt,
             ready.plan,
-            ready.engine.report(meter.local()),
+            ready.engine.report(meter.local(speculator)),
             method=plugin_name("method", self._config.method),
             backend=self._backend.name,
+            drafter=plugin_name("drafter", self._config.drafter),
             placement=ready.placement,
             audit=ready.findings,
             dtype=self._dtype,

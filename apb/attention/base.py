@@ -22,7 +22,8 @@ class Segment:
     """Keys and values that the rows ``[start, stop)`` see under one rule.
 
     `causal` means that row ``start + i`` sees keys ``0..i`` (as many keys as rows); otherwise every
-    row sees every key. A row may see several segments; row ranges are equal or disjoint.
+    row sees every key, or those that `visible_TS` says, which is for a few rows alone: a tree's. A
+    row may see several segments; row ranges are equal or disjoint.
     """
 
     start: int
@@ -30,9 +31,12 @@ class Segment:
     k_KSD: Tensor
     v_KSD: Tensor
     causal: bool = False
+    visible_TS: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert not self.causal or self.k_KSD.shape[1] == self.stop - self.start
+        shape = (self.stop - self.start, self.k_KSD.shape[1])
+        assert self.visible_TS is None or (self.visible_TS.shape == shape and not self.causal)
 
     @property
     def is_empty(self) -> bool:
@@ -87,6 +91,25 @@ def merge_partials(partials: Sequence[AttentionPartial]) -> AttentionPartial:
     return AttentionPartial(out_THD, peak_TH + total_TH.log())
 
 
+def masked_attention(
+    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, visible_TS: Tensor, scale: float
+) -> AttentionPartial:
+    """Attention under a dense boolean mask, in plain torch: the specification of other forms."""
+    groups = q_HTD.shape[0] // k_KSD.shape[0]
+    k_HSD = k_KSD.repeat_interleave(groups, dim=0)
+    v_HSD = v_KSD.repeat_interleave(groups, dim=0)
+    # At least fp32, and fp64 stays fp64 so that tests can measure everyone else's rounding.
+    dtype = torch.promote_types(q_HTD.dtype, torch.float32)
+    scores_HTS = q_HTD.to(dtype) @ k_HSD.to(dtype).mT * scale
+    scores_HTS = scores_HTS.masked_fill(~visible_TS, float("-inf"))
+    lse_HT = scores_HTS.logsumexp(dim=-1)
+    # A row without a key has -inf everywhere; NaN must stay NaN, it is an error to be found.
+    peak_HT = lse_HT.masked_fill(lse_HT == float("-inf"), 0.0)
+    probs_HTS = (scores_HTS - peak_HT[..., None]).exp()
+    out_HTD = probs_HTS @ v_HSD.to(dtype)
+    return AttentionPartial(out_HTD.transpose(0, 1).to(q_HTD.dtype), lse_HT.mT)
+
+
 class AttentionBackend(ABC):
     """A layer's device work besides the model's: attention of rows over segments, merging partials,
     selecting what is passed on. A plug-in implements `attend_segment`.
@@ -132,6 +155,8 @@ class AttentionBackend(ABC):
         """Attention of rows over segments that all of them see, merged with what is known."""
         partials = known + [
             self.attend_segment(q_HTD, s.k_KSD, s.v_KSD, causal=s.causal, scale=scale)
+            if s.visible_TS is None
+            else masked_attention(q_HTD, s.k_KSD, s.v_KSD, s.visible_TS, scale)
             for s in segments
         ]
         return partials[0] if len(partials) == 1 else merge_partials(partials)

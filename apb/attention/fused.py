@@ -48,6 +48,8 @@ class FusedBackend(AttentionBackend):
     ) -> AttentionPartial:
         if carry is None and self._is_decoding(q_HTD, segments):
             return self._attend_shard(q_HTD, segments, scale)
+        if any(segment.visible_TS is not None for segment in segments):
+            return super().attend(q_HTD, segments, scale=scale, carry=carry)
         known = None if carry is None else self._segments.Partial(*carry)
         found = self._segments.segment_attention(q_HTD, segments, scale=scale, carry=known)
         return AttentionPartial(*found)
@@ -80,9 +82,10 @@ class FusedBackend(AttentionBackend):
         num_rows = q_HTD.shape[1]
         return (
             1 <= num_rows <= self._decode.MAX_ROWS
-            and [segment.causal for segment in segments] in ([False], [False, True])
+            and 1 <= len(segments) <= 2
             and all((s.start, s.stop) == (0, num_rows) for s in segments)
             and not segments[0].is_empty
+            and [_has_rule(segment) for segment in segments] in ([False], [False, True])
         )
 
     def _attend_shard(
@@ -94,11 +97,17 @@ class FusedBackend(AttentionBackend):
             # Copied to the device once per step, not once per layer.
             length = torch.tensor([num_keys], dtype=torch.int32, device=q_HTD.device)
             self._length = num_keys, length
-        tail = self._decode.Tail(own[0].k_KSD, own[0].v_KSD) if own else None
+        tail = None
+        if own:
+            tail = self._decode.Tail(own[0].k_KSD, own[0].v_KSD, own[0].visible_TS)
         found = self._decode.decode_attention(
             q_HTD, shard.k_KSD, shard.v_KSD, self._length[1], scale=scale, tail=tail
         )
         return AttentionPartial(*found)
+
+
+def _has_rule(segment: Segment) -> bool:
+    return segment.causal or segment.visible_TS is not None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from apb.attention.base import (
     AttentionTarget,
     BackendConfig,
     Segment,
+    masked_attention,
     merge_partials,
 )
 
@@ -41,7 +42,7 @@ class ReferenceBackend(AttentionBackend):
             k_KSD = torch.cat([segment.k_KSD for segment in segments], dim=1)
             v_KSD = torch.cat([segment.v_KSD for segment in segments], dim=1)
             visible_TS = torch.cat([_visible(segment, num_rows) for segment in segments], dim=1)
-            partial = _masked_attention(q_HTD, k_KSD, v_KSD, visible_TS.to(q_HTD.device), scale)
+            partial = masked_attention(q_HTD, k_KSD, v_KSD, visible_TS.to(q_HTD.device), scale)
         return partial if carry is None else merge_partials([carry, partial])
 
     def attend_segment(
@@ -56,26 +57,12 @@ def _visible(segment: Segment, num_rows: int) -> Tensor:
     row_T1 = torch.arange(num_rows)[:, None]
     key_1S = torch.arange(segment.k_KSD.shape[1])[None, :]
     in_range_T1 = (row_T1 >= segment.start) & (row_T1 < segment.stop)
+    if segment.visible_TS is not None:
+        visible_TS = torch.zeros(num_rows, key_1S.shape[1], dtype=torch.bool)
+        visible_TS[segment.start : segment.stop] = segment.visible_TS
+        return visible_TS
     rule_TS = key_1S <= row_T1 - segment.start if segment.causal else key_1S >= 0
     return in_range_T1 & rule_TS
-
-
-def _masked_attention(
-    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, visible_TS: Tensor, scale: float
-) -> AttentionPartial:
-    groups = q_HTD.shape[0] // k_KSD.shape[0]
-    k_HSD = k_KSD.repeat_interleave(groups, dim=0)
-    v_HSD = v_KSD.repeat_interleave(groups, dim=0)
-    # At least fp32, and fp64 stays fp64 so that tests can measure everyone else's rounding.
-    dtype = torch.promote_types(q_HTD.dtype, torch.float32)
-    scores_HTS = q_HTD.to(dtype) @ k_HSD.to(dtype).mT * scale
-    scores_HTS = scores_HTS.masked_fill(~visible_TS, float("-inf"))
-    lse_HT = scores_HTS.logsumexp(dim=-1)
-    # A row without a key has -inf everywhere; NaN must stay NaN, it is an error to be found.
-    peak_HT = lse_HT.masked_fill(lse_HT == float("-inf"), 0.0)
-    probs_HTS = (scores_HTS - peak_HT[..., None]).exp()
-    out_HTD = probs_HTS @ v_HSD.to(dtype)
-    return AttentionPartial(out_HTD.transpose(0, 1).to(q_HTD.dtype), lse_HT.mT)
 
 
 @dataclass(kw_only=True, slots=True)

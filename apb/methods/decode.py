@@ -23,6 +23,8 @@ class ShardedDecode:
     def __init__(self, cache: KVCacheShard, comm: Communicator, backend: AttentionBackend) -> None:
         self._cache, self._comm, self._backend = cache, comm, backend
         self.step = 0
+        self.visible_TT: Tensor | None = None
+        """Which of the new rows see which; None is causal. Of use on the owner."""
 
     @property
     def is_owner(self) -> bool:
@@ -47,5 +49,12 @@ class ShardedDecode:
             return [Segment(0, 1, *self._cache.view(layer.layer_idx, pending=1))]
         return [
             Segment(0, num_rows, *self._cache.view(layer.layer_idx)),
-            Segment(0, num_rows, layer.k_KTD, layer.v_KTD, causal=True),
+            Segment(
+                0,
+                num_rows,
+                layer.k_KTD,
+                layer.v_KTD,
+                causal=self.visible_TT is None,
+                visible_TS=self.visible_TT,
+            ),
         ]

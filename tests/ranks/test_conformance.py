@@ -20,7 +20,6 @@ from apb.attention.reference import ReferenceConfig
 from apb.compress.knorm import KnormConfig
 from apb.compress.random import RandomConfig
 from apb.compress.window import WindowConfig
-from apb.config import PLUGINS
 from apb.cost import NOMINAL_CPU, Rates
 from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig
@@ -29,6 +28,7 @@ from apb.methods.base import MethodConfig
 from apb.methods.placement import Placement
 from apb.methods.plan import AnchorForm, PrefillPlan
 from apb.methods.star import StarConfig
+from apb.plugins import PLUGINS
 from models import NAMES, hf_keys_values, hf_logits, random_ids
 from rank_pool import RankPool
 from ranks.cases import WORLD_SIZES, in_order, logits, make_prompt, max_diff, outcomes

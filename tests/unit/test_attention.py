@@ -25,8 +25,8 @@ from apb.attention.base import (
 )
 from apb.attention.flash import FlashBackend
 from apb.attention.reference import ReferenceBackend, _visible
-from apb.config import PLUGINS
 from apb.errors import InputError
+from apb.plugins import PLUGINS
 from flash_attn_stand_in import flash_attn_func
 
 NUM_KV_HEADS = 2

@@ -17,8 +17,8 @@ from apb.compress.knorm import KnormConfig
 from apb.compress.query import QueryConfig
 from apb.compress.random import RandomConfig
 from apb.compress.window import WindowConfig
-from apb.config import PLUGINS
 from apb.errors import InputError
+from apb.plugins import PLUGINS
 
 NAMES = tuple(PLUGINS["method/compressor"])
 NUM_KV_HEADS, GROUPS, HEAD_DIM = 3, 2, 8

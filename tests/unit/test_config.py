@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from apb.compress.window import WindowConfig
-from apb.config import PLUGINS, RunConfig, compose_config, model_names
+from apb.config import RunConfig, compose_config, model_names
 from apb.errors import InputError
 from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig
@@ -19,6 +19,7 @@ from apb.methods.plan import AnchorForm
 from apb.methods.star import StarConfig
 from apb.methods.wire import WireFormat
 from apb.paths import config_dir
+from apb.plugins import PLUGINS
 from apb.prompts.base import PromptTokens
 from plans import make_plan
 

@@ -1,0 +1,1 @@
+"""Speculative decoding: drafters propose trees of tokens, the target verifies them in one pass."""

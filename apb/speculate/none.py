@@ -1,0 +1,17 @@
+"""Plain decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apb.speculate.base import DrafterConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class NoDrafterConfig(DrafterConfig):
+    """One token a step."""
+
+    max_nodes: int = 1
+
+    def build_drafter(self) -> None:
+        return None

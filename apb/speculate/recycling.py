@@ -1,0 +1,73 @@
+"""Drafts from the target's own leftovers: what else it found likely after each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from apb.errors import InputError
+from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.speculate.tree import Follower, TreeBuilder
+
+_BEST, _DECAY = 0.6, 0.35
+"""How likely a token's best follower is taken to be, and by what factor each further one is less
+likely than the one before it.
+"""
+
+
+class RecyclingDrafter(Drafter):
+    """Token Recycling (Luo et al. 2024, https://arxiv.org/abs/2408.08696).
+
+    After each step the likeliest followers of every node's token replace those remembered for that
+    token. A draft walks over what is remembered, best first by rank instead of the paper's fixed
+    tree. Until the target has said something of a token, its followers in the prompt stand in.
+    """
+
+    def __init__(self, *, width: int) -> None:
+        self._width = width
+        self._followers: dict[int, list[int]] = {}
+        self._last = 0
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        self._followers = {}
+        for token_id, follower in pairwise(prompt_ids):
+            known = self._followers.setdefault(token_id, [])
+            if follower in known:
+                known.remove(follower)
+            known.insert(0, follower)
+            del known[self._width :]
+
+    def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
+        self._last = new_ids[-1]
+        if verified is None:
+            return
+        best_NK = verified.logits_NV.topk(self._width, dim=-1).indices.tolist()
+        for token_id, best in zip(verified.tree.tokens, best_NK, strict=True):
+            self._followers[token_id] = best
+
+    def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
+        tree.add_likeliest(self._last, self._ranked, source=source)
+
+    def _ranked(self, token_id: int) -> Iterator[Follower[int]]:
+        for rank, follower in enumerate(self._followers.get(token_id, ())):
+            yield Follower(follower, _BEST * _DECAY**rank, follower)
+
+
+@dataclass(kw_only=True, slots=True)
+class RecyclingConfig(DrafterConfig):
+    """Config of `RecyclingDrafter`.
+
+    Attributes:
+        width: followers remembered for each token.
+    """
+
+    width: int = 8
+
+    def __post_init__(self) -> None:
+        DrafterConfig.__post_init__(self)
+        if self.width < 1:
+            raise InputError(f"drafter.width={self.width} must be at least 1")
+
+    def build_drafter(self) -> RecyclingDrafter:
+        return RecyclingDrafter(width=self.width)

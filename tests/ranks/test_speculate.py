@@ -1,0 +1,151 @@
+"""Guarantees of speculative decoding: the answer of plain decoding, whatever is drafted (E7)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from apb.comm import Communicator
+from apb.compress.knorm import KnormConfig
+from apb.generation import generate
+from apb.methods.apb import ApbConfig
+from apb.methods.placement import Placement
+from apb.metrics import Timeline
+from apb.plugins import PLUGINS
+from apb.sampling import SamplingParams
+from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.speculate.control import ControllerKind
+from apb.speculate.speculator import Speculator
+from apb.speculate.tree import TreeBuilder
+from models import random_ids
+from rank_pool import RankPool, same_on_all_ranks
+from ranks.cases import make_prompt
+from ranks.programs import Case, make_engine
+
+PoolOf = Callable[[int], RankPool]
+Answer = list[tuple[int, str | None]]
+
+MAX_TOKENS = 60
+GREEDY = SamplingParams(max_tokens=MAX_TOKENS)
+SAMPLED = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.9, top_p=0.9, top_k=50, seed=3)
+CASE = Case(
+    model="llama",
+    method=ApbConfig(compressor=KnormConfig(), min_block_len=1),
+    prompt=make_prompt(61, prefix_len=2, query_len=5),
+    new_ids=random_ids(5, seed=9),
+)
+NAMES = sorted(set(PLUGINS["drafter"]) - {"none"})
+
+over_ranks = pytest.mark.parametrize("world_size", [1, 2, 3])
+over_placements = pytest.mark.parametrize(
+    "placement", [Placement.sharded, Placement.rank0], ids=lambda p: p.name
+)
+over_sampling = pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+
+
+class Prophet(Drafter):
+    """Knows the answer and hides it among other branches, up to a point that differs each time."""
+
+    def __init__(self, answer: Sequence[int]) -> None:
+        self._answer, self._emitted, self._rng = answer, 0, random.Random(0)
+
+    def begin(self, prompt_ids: Sequence[int]) -> None: ...
+
+    def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
+        assert list(self._answer[self._emitted : self._emitted + len(new_ids)]) == list(new_ids)
+        self._emitted += len(new_ids)
+
+    def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
+        node: int | None = 0
+        for token_id in self._answer[self._emitted : self._emitted + self._rng.randint(0, 5)]:
+            assert node is not None
+            for _ in range(self._rng.randint(0, 2)):
+                other = tree.add(node, self._rng.randint(0, 255), source=source)
+                if other is not None:
+                    tree.add(other, token_id, source=source)
+            node = tree.add(node, token_id, source=source)
+            if node is None:
+                return
+            if self._rng.random() < 0.5:
+                tree.add(node, self._rng.randint(0, 255), source=source)
+
+
+@dataclass(kw_only=True, slots=True)
+class ProphetConfig(DrafterConfig):
+    answer: tuple[int, ...] = ()
+    controller: ControllerKind = ControllerKind.fixed
+
+    def build_drafter(self) -> Prophet:
+        return Prophet(self.answer)
+
+
+def decode(
+    comm: Communicator, case: Case, params: SamplingParams, config: DrafterConfig
+) -> tuple[Answer, int]:
+    """The answer, and the number of steps it took on rank 0."""
+    room = params.max_tokens + config.max_nodes
+    engine = make_engine(comm, replace(case, new_ids=case.new_ids + (0,) * room))
+    speculator = None
+    if comm.rank == 0:
+        speculator = Speculator(config)
+        speculator.begin([*case.prompt.context_ids, *case.new_ids])
+    steps = generate(
+        engine,
+        case.new_ids,
+        params,
+        timeline=Timeline(torch.device("cpu")),
+        is_last=lambda _: False,
+        speculator=speculator,
+        max_nodes=config.max_nodes,
+    )
+    answer = [(step.token_id, step.finish_reason) for step in steps]
+    return answer, speculator.stats.steps if speculator else 0
+
+
+def run(
+    pool: RankPool, case: Case, params: SamplingParams, config: DrafterConfig
+) -> tuple[Answer, int]:
+    results = pool.run(decode, case, params, config)
+    return same_on_all_ranks([answer for answer, _ in results]), results[0][1]
+
+
+def plain(pool: RankPool, case: Case, params: SamplingParams) -> Answer:
+    return run(pool, case, params, PLUGINS["drafter"]["none"]())[0]
+
+
+@over_ranks
+@over_placements
+@over_sampling
+@pytest.mark.parametrize("model", ["llama", "qwen2"])
+def test_trees_that_hold_the_answer_yield_it_in_fewer_steps(
+    pool_of: PoolOf, model: str, params: SamplingParams, placement: Placement, world_size: int
+) -> None:
+    """Paths of all shapes are kept, so that a wrongly moved key would show in what follows."""
+    case, pool = replace(CASE, model=model, placement=placement), pool_of(world_size)
+    expected = plain(pool, case, params)
+    config = ProphetConfig(answer=tuple(token_id for token_id, _ in expected))
+    answer, steps = run(pool, case, params, config)
+    assert answer == expected
+    assert steps < MAX_TOKENS / 2
+
+
+@over_ranks
+@over_placements
+@over_sampling
+@pytest.mark.parametrize("name", NAMES)
+def test_every_drafter_leaves_the_answer_as_it_is(
+    pool_of: PoolOf, name: str, params: SamplingParams, placement: Placement, world_size: int
+) -> None:
+    case, pool = replace(CASE, placement=placement), pool_of(world_size)
+    config = PLUGINS["drafter"][name](max_nodes=9)
+    answer, _ = run(pool, case, params, config)
+    assert answer == plain(pool, case, params)
+
+
+def test_plain_decoding_takes_a_step_for_each_token_but_the_first(pool_of: PoolOf) -> None:
+    _, steps = run(pool_of(1), CASE, GREEDY, PLUGINS["drafter"]["none"]())
+    assert steps == MAX_TOKENS - 1
