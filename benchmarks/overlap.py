@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from benchmarks.overlap_report import Exchange, Prefill, render
 from benchmarks.report import print_report, write_report
 
 _PORT = "29500"
-_EXCHANGES = 15
+_EXCHANGES = 100
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -145,10 +146,19 @@ def _measure(
                 if repeat >= 0:
                     prefills.append(prefill)
             if repeat >= 0:
+                before_s = _busy_s()
                 answers = gang.ask(op="exchange", repeats=_EXCHANGES)
-                exchanges.append(Exchange(gbit=link, repeat=repeat, ranks=answers))
+                busy_s = (_busy_s() - before_s) / _EXCHANGES
+                exchanges.append(Exchange(gbit=link, repeat=repeat, ranks=answers, busy_s=busy_s))
     _check_same({prefill.ranks[0]["digest"] for prefill in prefills})
     return prefills, exchanges
+
+
+def _busy_s() -> float:
+    """Processor seconds of this machine since it started, in programs and in the kernel."""
+    fields = Path("/proc/stat").read_text().split()[1:9]
+    user, nice, system, _, _, irq, softirq, _ = map(int, fields)
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def _check_same(digests: set[str]) -> None:

@@ -1,0 +1,71 @@
+"""The report of `benchmarks.decode`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.decode_runs import HF_LOOKUP_TOKENS, Run
+from benchmarks.environment import Environment
+from benchmarks.report import Estimate, table
+
+
+def render(
+    runs: Sequence[Run], environment: Environment, settings: Mapping[str, Any], *, plain: str
+) -> list[str]:
+    categories = list(dict.fromkeys(run.category for run in runs))
+    lines = [
+        f"# Decoding, {settings['model']}, {settings['dtype']}, greedy",
+        "",
+        *environment.lines(),
+        f"* {settings['threads']} threads, one rank, method=full; {settings['max_tokens']} tokens "
+        "each; stop tokens are ignored",
+        f"* prompts: {settings['samples']} of each Spec-Bench category "
+        f"(`{settings['spec_bench']}`), {settings['quoting']} documents of up to "
+        f"{settings['document_chars']} characters with "
+        "the request to copy a part",
+        "* all drafters gave the same tokens; Hugging Face gave "
+        f"{_agreement(runs, plain)} answers with the same tokens",
+        f"* `hf-lookup`: `generate` with `prompt_lookup_num_tokens={HF_LOOKUP_TOKENS}`",
+        "",
+        "Tokens a second count the tokens behind the first. The speed-up is the mean over prompts "
+        "of seconds of plain decoding (`none`) over those of the variant, ± its standard error. "
+        "Acceptance is tokens emitted per forward pass; nodes are tokens read per pass, drafts "
+        "included; times are per pass.",
+    ]
+    for category in categories:
+        of_category = [run for run in runs if run.category == category]
+        lines += ["", f"## {category}", "", *_table(of_category, plain)]
+    return lines
+
+
+def _table(runs: Sequence[Run], plain: str) -> list[str]:
+    base_s = {run.task: run.seconds for run in runs if run.variant == plain}
+    rows = []
+    for variant in dict.fromkeys(sorted(run.variant for run in runs)):
+        own = [run for run in runs if run.variant == variant]
+        seconds, tokens = sum(run.seconds for run in own), sum(run.tokens for run in own)
+        speed_up = Estimate.of([base_s[run.task] / run.seconds for run in own])
+        row = [f"`{variant}`", f"{tokens / seconds:.1f}", speed_up.text(2)]
+        rows.append([*row, *_per_step(own)])
+    header = ["drafter", "tokens/s", "speed-up", "acceptance", "nodes", "draft ms", "verify ms"]
+    return table(header, rows)
+
+
+def _per_step(runs: Sequence[Run]) -> list[str]:
+    steps = sum(run.steps or 0 for run in runs)
+    if not steps:
+        return [""] * 4
+    seconds, draft_s = sum(run.seconds for run in runs), sum(run.draft_s or 0 for run in runs)
+    return [
+        f"{sum(run.tokens for run in runs) / steps:.2f}",
+        f"{sum(run.nodes or 0 for run in runs) / steps:.1f}",
+        f"{1e3 * draft_s / steps:.2f}",
+        f"{1e3 * (seconds - draft_s) / steps:.1f}",
+    ]
+
+
+def _agreement(runs: Sequence[Run], plain: str) -> str:
+    expected = {run.task: run.token_ids for run in runs if run.variant == plain}
+    same = [run.token_ids == expected[run.task] for run in runs if run.variant == "hf"]
+    return f"{sum(same)} of {len(same)}"

@@ -1,0 +1,140 @@
+"""Decoding with apb's drafters and with Hugging Face `generate`, in one process, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from apb.comm import Communicator
+from apb.config import compose_config
+from apb.cost import NOMINAL_CPU, CostModel
+from apb.engine import Engine
+from apb.generation import generate
+from apb.hf.model import DTYPES, CausalLM
+from apb.methods.full import FullConfig
+from apb.methods.plan import PlanRequest
+from apb.metrics import Timeline
+from apb.prompts.base import PromptTokens
+from apb.sampling import SamplingParams
+from apb.speculate.speculator import Speculator
+from benchmarks.decode_tasks import Task
+
+HF_LOOKUP_TOKENS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One answer. Seconds and tokens are those behind the first token."""
+
+    variant: str
+    category: str
+    task: str
+    seconds: float
+    token_ids: list[int]
+    steps: int | None = None
+    nodes: int | None = None
+    draft_s: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids) - 1
+
+
+class ApbLab:
+    """One model; each task is read once and answered with every drafter."""
+
+    def __init__(self, overrides: Sequence[str], *, dtype: str, max_tokens: int) -> None:
+        config = compose_config(overrides)
+        self.model = CausalLM.load(config.model, dtype=DTYPES[dtype], device=torch.device("cpu"))
+        self._params = SamplingParams(max_tokens=max_tokens)
+        self._overrides = list(overrides)
+        self._engine = Engine(
+            model=self.model,
+            method=FullConfig().build(seed=0),
+            backend=config.backend.build(self.model.attention_target),
+            comm=Communicator(0, 1, self.model.device),
+        )
+
+    def read(self, task: Task) -> None:
+        """Prefill, with room for the answer and the largest tree."""
+        prompt = PromptTokens((), task.context_ids, task.query_ids)
+        costs = CostModel(
+            shape=self.model.shape, rates=NOMINAL_CPU, itemsize=self.model.dtype.itemsize
+        )
+        request = PlanRequest.of(prompt, world_size=1, num_blocks=None, costs=costs)
+        plan = FullConfig().build(seed=0).plan(request)
+        room = len(task.query_ids) + self._params.max_tokens + 64
+        self._engine.prefill(prompt, plan, room=room)
+
+    def answer(self, task: Task, drafter: str) -> Run:
+        """Decode greedily, then forget the answer."""
+        config = compose_config([*self._overrides, f"drafter={drafter}"]).drafter
+        speculator = Speculator(config)
+        speculator.begin([*task.context_ids, *task.query_ids])
+        timeline = Timeline(self.model.device)
+        token_ids = [
+            step.token_id
+            for step in generate(
+                self._engine,
+                task.query_ids,
+                self._params,
+                timeline=timeline,
+                is_last=lambda _: False,
+                speculator=speculator,
+                max_nodes=config.max_nodes,
+            )
+        ]
+        self._engine.rewind(self._engine.next_position - len(task.context_ids))
+        stats = speculator.stats
+        return Run(
+            variant=drafter,
+            category=task.category,
+            task=task.name,
+            seconds=timeline.phases_s["decode"],
+            token_ids=token_ids,
+            steps=stats.steps,
+            nodes=stats.nodes,
+            draft_s=stats.draft_s,
+        )
+
+
+class _Watch(BaseStreamer):
+    """Notes when the first new token came."""
+
+    def __init__(self) -> None:
+        self._puts, self.first = 0, 0.0
+
+    def put(self, value: Tensor) -> None:
+        self._puts += 1
+        if self._puts == 2:  # the prompt comes first
+            self.first = time.perf_counter()
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+def hf_answer(model: Any, task: Task, *, lookup: bool, max_tokens: int) -> Run:
+    """Hugging Face `generate`, plain or with its prompt lookup."""
+    options = {"prompt_lookup_num_tokens": HF_LOOKUP_TOKENS} if lookup else {}
+    model.generation_config.eos_token_id = None  # as apb, which ignores stop tokens here
+    config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, **options)
+    prompt_ids = [*task.context_ids, *task.query_ids]
+    watch = _Watch()
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor([prompt_ids]), generation_config=config, streamer=watch
+        )
+    return Run(
+        variant="hf-lookup" if lookup else "hf",
+        category=task.category,
+        task=task.name,
+        seconds=time.perf_counter() - watch.first,
+        token_ids=output[0, len(prompt_ids) :].tolist(),
+    )
