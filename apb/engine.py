@@ -157,12 +157,12 @@ class Engine:
         self.decode_comm.verify()
         return hidden_NM
 
-    def keep(self, tree: DraftTree, path: Sequence[int]) -> None:
+    def keep(self, path: Sequence[int]) -> None:
         """Of the tree just read, cache the nodes of a path from the root and forget the others."""
         if self.is_owner:
             assert self._cache is not None, "keep before read_tree"
-            positions = [self.next_position + tree.depths[node] for node in path]
-            self._cache.keep(path, self._positions(positions))
+            stop = self.next_position + len(path)
+            self._cache.keep(path, self._positions(range(self.next_position, stop)))
         self.next_position += len(path)
 
     def rewind(self, num_tokens: int) -> None:

@@ -25,7 +25,7 @@ from apb.sampling import Sampler, SamplingParams
 from apb.speculate.base import Verified
 from apb.speculate.speculator import Speculator
 from apb.speculate.tree import DraftTree
-from apb.speculate.verify import accept
+from apb.speculate.verify import Walk, accept
 
 _LOGIT_ROWS = 256
 """Rows whose logits are held at once when scoring: 256 rows of 128K logits are 128 MiB."""
@@ -65,6 +65,7 @@ class Outcome(NamedTuple):
         sizes = [len(self.token_ids), len(self.path), len(self.tree)]
         nodes = [*self.tree.tokens, *self.tree.parents]
         packed = [self.verdict, *sizes, *self.token_ids, *self.path, *nodes]
+        assert len(packed) <= _packed_size(max_nodes), "a tree larger than was agreed"
         return [*packed, *[0] * (_packed_size(max_nodes) - len(packed))]
 
     @classmethod
@@ -93,10 +94,11 @@ def generate(
     speculator: Speculator | None = None,
     max_nodes: int = 1,
 ) -> Iterator[Step]:
-    """Read the query and decode; `Engine.prefill` has run with room for both and for a tree.
+    """Read the query and decode; `Engine.prefill` has run with room for both.
 
     The tokens are those of plain decoding, whatever is drafted: each is chosen from the target's
-    own logits at its place, with the same draws where they are sampled.
+    own logits at its place, with the same draws where they are sampled. In 16-bit dtypes rounding
+    depends on the number of rows in a pass, so that near ties may fall the other way.
 
     Args:
         engine: on every rank.
@@ -163,11 +165,11 @@ def _steps(
     yield from _emitted(outcome, engine.next_position - 1)
     while outcome.verdict is Verdict.CONTINUE:
         with timeline.phase("decode"):
-            tree, position = outcome.tree, engine.next_position
+            tree, position, started = outcome.tree, engine.next_position, time.perf_counter()
             hidden_NM = engine.read_tree(tree)
-            read = writer.read_tree(engine, tree, hidden_NM) if writer else None
+            read = writer.read_tree(engine, tree, hidden_NM, started) if writer else None
             outcome = _told(engine, max_nodes, read)
-            engine.keep(tree, outcome.path)
+            engine.keep(outcome.path)
         yield from _emitted(outcome, position)
 
 
@@ -182,9 +184,10 @@ def _told(engine: Engine, max_nodes: int, outcome: Outcome | None) -> Outcome:
 
 
 def _emitted(outcome: Outcome, position: int) -> Iterator[Step]:
-    """The tokens of a forward pass; the last one says why it is the last."""
+    """The tokens of a forward pass from a position on; the last one says why it is the last."""
     if outcome.verdict is Verdict.NOT_FINITE:
-        raise RequestError(_not_finite(position))
+        yield from (Step(token_id, None) for token_id in outcome.token_ids)
+        raise RequestError(_not_finite(position + len(outcome.token_ids)))
     *earlier, last = outcome.token_ids
     yield from (Step(token_id, None) for token_id in earlier)
     ends = outcome.verdict is not Verdict.CONTINUE
@@ -205,54 +208,55 @@ class _Writer:
         self._sampler, self._speculator = Sampler(params), speculator
         self._left = params.max_tokens
         self._is_last, self._is_cancelled = is_last, is_cancelled
-        self._started = 0.0
 
     def read_query(self, engine: Engine, hidden_TM: Tensor) -> Outcome:
         logits_1V = engine.model.logits(hidden_TM[-1:])
         root = DraftTree.of_root(0)  # stands for the question's last token
-        walk = accept(root, logits_1V, self._sampler)
-        if walk is None:
-            return Outcome(Verdict.NOT_FINITE, (), (), root)
-        outcome = self._judge([walk.token_id], ())
-        if self._speculator is not None:
-            self._speculator.first(walk.token_id)
+        outcome = self._judge(root, accept(root, logits_1V, self._sampler))._replace(path=())
+        if self._speculator is not None and outcome.verdict is Verdict.CONTINUE:
+            self._speculator.first(outcome.token_ids[-1])
         return self._with_draft(outcome)
 
-    def read_tree(self, engine: Engine, tree: DraftTree, hidden_NM: Tensor) -> Outcome:
+    def read_tree(
+        self, engine: Engine, tree: DraftTree, hidden_NM: Tensor, started: float
+    ) -> Outcome:
         logits_NV = engine.model.logits(hidden_NM)
         walk = accept(tree, logits_NV, self._sampler)
-        if walk is None:
-            return Outcome(Verdict.NOT_FINITE, (), (), tree)
-        verified = Verified(tree, walk.path, walk.token_id, hidden_NM, logits_NV)
-        outcome = self._judge(verified.new_ids, walk.path)
-        if self._speculator is not None:
-            self._speculator.observe(verified, seconds=time.perf_counter() - self._started)
+        outcome = self._judge(tree, walk)
+        if self._speculator is not None and outcome.verdict is not Verdict.NOT_FINITE:
+            verified = Verified(tree, outcome.token_ids, hidden_NM, logits_NV)
+            self._speculator.observe(verified, path=walk.path, started=started)
         return self._with_draft(outcome)
 
-    def _judge(self, token_ids: Sequence[int], path: tuple[int, ...]) -> Outcome:
+    def _judge(self, tree: DraftTree, walk: Walk) -> Outcome:
         """How the answer goes on; tokens behind its last one are dropped."""
-        verdict = Verdict.CONTINUE
+        token_ids = [tree.tokens[node] for node in walk.path[1:]]
+        if walk.token_id is not None:
+            token_ids.append(walk.token_id)
         for count, token_id in enumerate(token_ids, start=1):
-            self._left -= 1
-            if self._is_last(token_id):
-                verdict = Verdict.STOP
-            elif self._left == 0:
-                verdict = Verdict.LENGTH
-            elif self._is_cancelled():
-                verdict = Verdict.CANCELLED
+            verdict = self._verdict(token_id)
             if verdict is not Verdict.CONTINUE:
-                token_ids = token_ids[:count]
-                break
-        tree = DraftTree.of_root(token_ids[-1])
-        return Outcome(verdict, tuple(token_ids), path, tree)
+                return Outcome(verdict, tuple(token_ids[:count]), walk.path, tree)
+        verdict = Verdict.NOT_FINITE if walk.token_id is None else Verdict.CONTINUE
+        return Outcome(verdict, tuple(token_ids), walk.path, tree)
+
+    def _verdict(self, token_id: int) -> Verdict:
+        self._left -= 1
+        if self._is_last(token_id):
+            return Verdict.STOP
+        if self._left == 0:
+            return Verdict.LENGTH
+        return Verdict.CANCELLED if self._is_cancelled() else Verdict.CONTINUE
 
     def _with_draft(self, outcome: Outcome) -> Outcome:
-        """With the tree that the next forward pass reads."""
-        if self._speculator is not None and outcome.verdict is Verdict.CONTINUE:
+        """With the tree that the next forward pass reads, if there is one."""
+        if outcome.verdict is not Verdict.CONTINUE:
+            return outcome
+        tree = DraftTree.of_root(outcome.token_ids[-1])
+        if self._speculator is not None:
+            # No larger than what is left: the cache has no room for more.
             tree = self._speculator.propose(outcome.token_ids[-1], room=self._left)
-            outcome = outcome._replace(tree=tree)
-        self._started = time.perf_counter()
-        return outcome
+        return outcome._replace(tree=tree)
 
 
 def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -> list[float]:

@@ -61,7 +61,7 @@ class RequestMetrics:
     tree_nodes: float
     """Tokens read per such pass, the drafted ones and the last of the answer; a mean."""
     draft_s: float
-    """Drafting, which `decode_s` contains."""
+    """Drafting and learning from what was verified."""
     versions: dict[str, str]
     device: str
     dtype: str

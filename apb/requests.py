@@ -22,13 +22,11 @@ class Question(NamedTuple):
 
     prompt: PromptTokens
     sampling: SamplingParams
-    max_nodes: int
-    """Of a tree of drafts."""
 
     @property
     def room(self) -> int:
         """New tokens that have to be cached beside the context."""
-        return len(self.prompt.query_ids) + self.sampling.max_tokens + self.max_nodes - 1
+        return len(self.prompt.query_ids) + self.sampling.max_tokens
 
 
 class Continuation(NamedTuple):
@@ -67,8 +65,7 @@ class RequestReader:
         )
         sampling = SamplingParams(**params)
         max_tokens = self._max_tokens(prompt, sampling.max_tokens)
-        sampling = replace(sampling, max_tokens=max_tokens)
-        return Question(prompt, sampling, self._config.drafter.max_nodes)
+        return Question(prompt, replace(sampling, max_tokens=max_tokens))
 
     def continuation(
         self, document: Given, continuation: Given, query: Given | None

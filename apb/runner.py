@@ -73,6 +73,7 @@ class RequestRunner:
         self._planner = Planner(config, comm, self._method, shape=shape, dtype=self._dtype)
         self._progress = Progress(enabled=comm.rank == OWNER)
         self._engine: Engine | None = None
+        self._speculator: Speculator | None = None
 
     def handle(
         self, op: str, arguments: dict[str, Any], is_cancelled: Callable[[], bool] = lambda: False
@@ -124,6 +125,8 @@ class RequestRunner:
                 comm=self._comm,
                 on_layer=self._progress.advance,
             )
+            if self.is_owner:
+                self._speculator = Speculator(self._config.drafter)
         return self._engine
 
     def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:
@@ -157,15 +160,14 @@ class RequestRunner:
             partial(self._reader.question, document, question, params),
         )
         meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
-        speculator = Speculator(self._config.drafter) if self.is_owner else None
-        if speculator is not None:
-            speculator.begin([*request.prompt.context_ids, *request.prompt.query_ids])
+        if self._speculator is not None:
+            self._speculator.begin([*request.prompt.context_ids, *request.prompt.query_ids])
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
             with meter.timeline.phase("prefill"):
                 ready = self._read(request, ready)
             self._progress.begin("answering, tokens", request.sampling.max_tokens)
-            output = yield from self._answer(request, ready, meter, speculator, is_cancelled)
+            output = yield from self._answer(request, ready, meter, is_cancelled)
         finally:
             self._progress.close()
             ready.engine.release()
@@ -197,7 +199,6 @@ class RequestRunner:
         request: Question,
         ready: _Ready,
         meter: RequestMeter,
-        speculator: Speculator | None,
         is_cancelled: Callable[[], bool],
     ) -> Generator[Reply, None, RequestOutput]:
         """Decode after a prefill: yields the pieces of the text, returns the whole."""
@@ -221,22 +222,21 @@ class RequestRunner:
             timeline=meter.timeline,
             is_last=is_last,
             is_cancelled=is_cancelled,
-            speculator=speculator,
-            max_nodes=request.max_nodes,
+            speculator=self._speculator,
+            max_nodes=self._config.drafter.max_nodes,
         ):
             meter.first_token()
             if not self.is_owner:  # the owner's engine has asked already
                 is_last(step.token_id)
             steps.append(step)
             self._progress.advance()
-            yield {"piece": "".join(pieces)}
-            pieces.clear()
+            yield {"piece": pieces.pop(0)}
         yield {"piece": answer.finish()}
         finish_reason = "stop" if answer.stopped else steps[-1].finish_reason or ""
         metrics = meter.metrics(
             request.prompt,
             ready.plan,
-            ready.engine.report(meter.local(speculator)),
+            ready.engine.report(meter.local(self._speculator)),
             method=plugin_name("method", self._config.method),
             backend=self._backend.name,
             drafter=plugin_name("drafter", self._config.drafter),

@@ -36,7 +36,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on the CPU")
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], metavar=("H", "K", "D"))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="on a CPU")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compile table")
     parser.add_argument("--out", type=Path, default=REPORTS)
     return parser.parse_args(argv)
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> Path:
     checked = check_backends(contestants, heads, device, dtype)
     for line in checked:
         print(line, file=sys.stderr)
+    compiled = [] if args.no_compile else compile_table(os.cpu_count() or 1)
     watch = Stopwatch(device, args.repeats)
     is_small = device.type == "cpu"
     times = [
@@ -61,7 +62,6 @@ def run(args: argparse.Namespace) -> Path:
         *run_prefill(prefill_cases(small=is_small), contestants, heads, device, dtype, watch),
         *run_decode(decode_cases(small=is_small), contestants, heads, device, dtype, watch),
     ]
-    compiled = [] if args.no_compile else compile_table(os.cpu_count() or 1)
     data = {
         "environment": environment.to_json(),
         "settings": {**vars(args), "out": None, "device": device.type, "dtype": str(dtype)},

@@ -44,7 +44,7 @@ def render(
         *_no_gpu(device),
         "",
         "FLOPs are 4 x heads x head size x query-key pairs, so that a causal tile half above the "
-        "diagonal counts half. Median (smallest to largest) of the repeats, variants side by side.",
+        "diagonal counts half. Median (smallest to largest) of the repeats.",
         "",
         "## Plain causal attention",
         "",
@@ -75,7 +75,7 @@ def render(
 
 
 def _no_gpu(device: torch.device) -> list[str]:
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         return []
     return [
         "* **no GPU was at hand**: these are times of a CPU, and `fused`, `flash` and cuDNN, which "

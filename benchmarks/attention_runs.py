@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Stopwatch:
     repeats: int
 
     def seconds(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        for run in runs.values():
-            run()
+        """Of each that runs here; the first run of each warms up."""
+        runs = {name: run for name, run in runs.items() if _works(name, run)}
         if self.device.type == "cuda":
             return {name: self._on_gpu(run) for name, run in runs.items()}
         found: dict[str, list[float]] = {name: [] for name in runs}
@@ -56,6 +57,15 @@ class Stopwatch:
 
         every: list[float] = do_bench(run, rep=_GPU_REPEAT_MS, return_mode="all")
         return [milliseconds / 1e3 for milliseconds in every]
+
+
+def _works(name: str, run: Callable[[], object]) -> bool:
+    try:
+        run()
+    except RuntimeError as error:  # as of cuDNN, for a dtype that it has no kernel for
+        print(f"{name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 def run_plain(

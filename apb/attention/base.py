@@ -203,6 +203,13 @@ class AttentionTarget(NamedTuple):
     head_dim: int
 
 
+def is_older_than_ampere(device: torch.device) -> bool:
+    """Whether it is a GPU for which nobody writes attention kernels any more."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
 @dataclass(kw_only=True, slots=True)
 class BackendConfig(ABC):
     """Config of a backend."""

@@ -15,6 +15,7 @@ from apb.attention.base import (
     AttentionPartial,
     AttentionTarget,
     BackendConfig,
+    is_older_than_ampere,
 )
 from apb.errors import InputError
 
@@ -54,6 +55,8 @@ class FlashConfig(BackendConfig):
             raise InputError(
                 f"backend=flash does not support {target.dtype}; use dtype=bfloat16 or backend=sdpa"
             )
+        if is_older_than_ampere(target.device):
+            raise InputError("backend=flash needs a GPU of Ampere or later; use backend=sdpa")
         if target.head_dim % 8 or target.head_dim > _MAX_HEAD_DIM:
             raise InputError(
                 f"backend=flash does not support heads of {target.head_dim}; use backend=sdpa"

@@ -17,6 +17,7 @@ from apb.attention.base import (
     AttentionTarget,
     BackendConfig,
     Segment,
+    is_older_than_ampere,
 )
 from apb.errors import InputError
 
@@ -94,8 +95,8 @@ class FusedBackend(AttentionBackend):
         shard, *own = segments
         num_keys = shard.k_KSD.shape[1]
         if self._length is None or self._length[0] != num_keys:
-            # Copied to the device once per step, not once per layer.
-            length = torch.tensor([num_keys], dtype=torch.int32, device=q_HTD.device)
+            # Once per step, not once per layer, and without a copy that waits for the device.
+            length = torch.full((1,), num_keys, dtype=torch.int32, device=q_HTD.device)
             self._length = num_keys, length
         tail = None
         if own:
@@ -125,6 +126,8 @@ class FusedConfig(BackendConfig):
             raise InputError(
                 f"backend=fused does not support heads of {target.head_dim}; use backend=sdpa"
             )
+        if is_older_than_ampere(target.device):
+            raise InputError("backend=fused needs a GPU of Ampere or later; use backend=sdpa")
         if target.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError(
                 "backend=fused needs a GPU; on a CPU use backend=sdpa "

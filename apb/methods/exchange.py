@@ -123,7 +123,8 @@ class ContextExchange:
                 self._own_anchor(layer)
             )
         arrived = {**pending.wait(), self._comm.rank: message_NY}
-        decoded = {rank: wire.decode(rows_NY) for rank, rows_NY in arrived.items()}
+        sources = {part.source for part in self._parts}
+        decoded = {rank: wire.decode(arrived[rank]) for rank in sources}
         for part in self._parts:
             self._upstream_2KUD[:, :, part.upstream] = decoded[part.source][part.message].permute(
                 1, 2, 0, 3

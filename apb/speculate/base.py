@@ -24,22 +24,15 @@ class Verified(NamedTuple):
     """One step of the target over a tree, and what came of it."""
 
     tree: DraftTree
-    path: tuple[int, ...]
-    """Accepted nodes, the root first."""
-    token_id: int
-    """What the target emits behind the path."""
+    new_ids: tuple[int, ...]
+    """What was emitted: accepted tokens behind the root, and the target's own."""
     hidden_NM: Tensor
     """After the final norm."""
     logits_NV: Tensor
 
-    @property
-    def new_ids(self) -> list[int]:
-        """The step's tokens: accepted ones behind the root, and the target's own."""
-        return [*(self.tree.tokens[node] for node in self.path[1:]), self.token_id]
-
 
 class Drafter(ABC):
-    """Proposes continuations; lives on the owner alone. A plug-in implements `extend_tree`.
+    """Proposes continuations; lives on the owner alone.
 
     Whatever it proposes, the answer is the target's: drafts only decide how many tokens a step
     yields.

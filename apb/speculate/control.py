@@ -53,15 +53,17 @@ class FixedController(LengthController):
 class MeasuredController(LengthController):
     """Weighs what each size would have yielded against what a step of that size takes.
 
-    Trees grow best first, so the first k nodes are the tree that a budget of k would have given,
-    and every step tells what all smaller budgets would have accepted. Step time is fitted as a line
-    over the number of nodes; it contains what a larger tree costs on the wire. Older steps count
-    less. The first two steps take the largest trees; later one in eight takes the next larger or
-    smaller size than the best, in turn, so that a change of the text is noticed.
+    A drafter adds the same nodes first whatever its budget, so the first k nodes are the tree that
+    a budget of k would have given, and every step tells what all smaller ones would have accepted.
+    Step time is fitted as a line over the number of nodes; it contains what a larger tree costs on
+    the wire. Older steps count less. One step in eight takes a size beside the best one, larger and
+    smaller in turn, and after a tree that was accepted to its last node the next one is larger, so
+    that a change of the text is noticed.
     """
 
     _KEEP = 0.95
     _EXPLORE_EVERY = 8
+    _SMALLEST_TRIED = 4
 
     def __init__(self, max_nodes: int) -> None:
         sizes = {1, max_nodes}
@@ -72,27 +74,37 @@ class MeasuredController(LengthController):
         self._yields = {size: _Mean(self._KEEP) for size in self._sizes}
         self._time = _Line(self._KEEP)
         self._count = 0
+        self._next: int | None = self._sizes[-1]
 
     def max_nodes(self) -> int:
         self._count += 1
-        last = len(self._sizes) - 1
-        if self._count <= 2:
-            return self._sizes[max(0, last - (self._count - 1))]
-        best = max(range(len(self._sizes)), key=lambda index: self._rate(self._sizes[index]))
+        if self._next is not None:
+            size, self._next = self._next, None
+            return size
+        # Among equals the largest: where nothing is drafted, larger trees cost nothing.
+        best = max(self._sizes, key=lambda size: (self._rate(size), size))
         turn, rest = divmod(self._count, self._EXPLORE_EVERY)
-        if rest == 0:
-            best = min(last, best + 1) if turn % 2 else max(0, best - 1)
-        return self._sizes[best]
+        if rest:
+            return best
+        return self._larger(max(best, self._SMALLEST_TRIED - 1)) if turn % 2 else best // 2 or 1
+
+    def _larger(self, size: int) -> int:
+        return next((other for other in self._sizes if other > size), self._sizes[-1])
 
     def _rate(self, size: int) -> float:
         return self._yields[size].value / self._time.at(size)
 
     def update(self, report: StepReport) -> None:
-        self._time.add(report.num_nodes, report.seconds)
+        if self._count > 1:  # the first step of a request warms up
+            self._time.add(report.num_nodes, report.seconds)
+        if report.num_nodes == 1 < report.allowed:
+            return  # nothing to draft, which says nothing of sizes
         cut_short = report.num_nodes == report.allowed
         for size in self._sizes:
             if size <= report.allowed or not cut_short:
                 self._yields[size].add(sum(node < size for node in report.path))
+        if cut_short and report.num_nodes > 1 and report.path[-1] == report.num_nodes - 1:
+            self._next = self._larger(report.num_nodes)
 
 
 class _Mean:

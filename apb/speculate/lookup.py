@@ -20,7 +20,7 @@ class Recurrence(NamedTuple):
     """Tokens up to the end of that place."""
 
 
-def latest_recurrence(text: bytes, *, at_least: int, at_most: int) -> Recurrence | None:
+def latest_recurrence(text: bytes | bytearray, *, at_least: int, at_most: int) -> Recurrence | None:
     """The longest end of an encoded text that also stands earlier, at the latest such place."""
     num_tokens = len(text) // ID_BYTES
     low, high, best = at_least, min(at_most, num_tokens - 1), None
@@ -35,7 +35,7 @@ def latest_recurrence(text: bytes, *, at_least: int, at_most: int) -> Recurrence
     return best
 
 
-def _last_place(text: bytes, pattern: bytes) -> int | None:
+def _last_place(text: bytes | bytearray, pattern: bytes | bytearray) -> int | None:
     """In tokens, and not the one at the very end. Hits across token borders do not count."""
     stop = len(text) - 1
     while (found := text.rfind(pattern, 0, stop)) >= 0:
@@ -52,10 +52,10 @@ class LookupDrafter(Drafter):
 
     def __init__(self, *, min_match: int, max_match: int, length: int) -> None:
         self._min_match, self._max_match, self._length = min_match, max_match, length
-        self._text = b""
+        self._text = bytearray()  # a million tokens are not to be copied for each new one
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
-        self._text = encode(prompt_ids)
+        self._text = bytearray(encode(prompt_ids))
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         self._text += encode(new_ids)

@@ -31,18 +31,17 @@ class RecyclingDrafter(Drafter):
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
         self._followers = {}
-        for token_id, follower in pairwise(prompt_ids):
+        for follower, token_id in pairwise(reversed(prompt_ids)):  # the latest count most
             known = self._followers.setdefault(token_id, [])
-            if follower in known:
-                known.remove(follower)
-            known.insert(0, follower)
-            del known[self._width :]
+            if len(known) < self._width and follower not in known:
+                known.append(follower)
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         self._last = new_ids[-1]
         if verified is None:
             return
-        best_NK = verified.logits_NV.topk(self._width, dim=-1).indices.tolist()
+        width = min(self._width, verified.logits_NV.shape[1])
+        best_NK = verified.logits_NV.topk(width, dim=-1).indices.tolist()
         for token_id, best in zip(verified.tree.tokens, best_NK, strict=True):
             self._followers[token_id] = best
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 from apb.speculate.base import Drafter, DrafterConfig, Verified
 from apb.speculate.control import FixedController, LengthController, StepReport, build_controller
 from apb.speculate.tree import DraftTree, TreeBuilder
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +28,6 @@ class SpeculationStats:
     """Tokens that these steps yielded."""
     nodes: int = 0
     draft_s: float = 0.0
-    verify_s: float = 0.0
-    accepted: Counter[int] = field(default_factory=Counter)
-    """Nodes that were accepted, by the drafter that proposed them."""
 
     @property
     def acceptance_length(self) -> float:
@@ -36,69 +35,94 @@ class SpeculationStats:
 
 
 class Speculator:
-    """Drafts for one request on the owner. A drafter that fails is dropped with a warning, and the
-    answer goes on without it, the same.
+    """Drafts for one request after the other on the owner.
+
+    A drafter that fails is dropped for the rest of the request with a warning, and the answer goes
+    on without it, the same.
     """
 
     def __init__(self, config: DrafterConfig) -> None:
-        self._drafter: Drafter | None = config.build_drafter()
-        self._controller: LengthController = (
-            FixedController(1)
-            if self._drafter is None
-            else build_controller(config.controller, config.max_nodes)
-        )
+        """Raises InputError where the drafter cannot be built."""
+        self._config = config
+        self._built = config.build_drafter()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drafter")
+        self._drafter: Drafter | None = None
         self._ready: Future[None] | None = None
+        self._missed: list[int] = []
+        self._controller: LengthController = FixedController(1)
         self._allowed = 1
-        self._drafted_s = 0.0
         self.stats = SpeculationStats()
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
-        """Start preparing, beside whatever comes next."""
+        """Start preparing for a request, beside whatever comes next."""
+        self.stats, self._missed = SpeculationStats(), []
+        self._drafter = self._built
         if self._drafter is not None:
-            pool = ThreadPoolExecutor(max_workers=1)
-            self._ready = pool.submit(self._drafter.begin, prompt_ids)
-            pool.shutdown(wait=False)
+            self._controller = build_controller(self._config.controller, self._config.max_nodes)
+            self._ready = self._pool.submit(self._drafter.begin, prompt_ids)
 
-    def propose(self, root: int, *, room: int) -> DraftTree:
-        """A tree that grows from the last token, of at most `room` nodes."""
-        started = time.perf_counter()
-        self._allowed = max(1, min(room, self._controller.max_nodes()))
-        tree = DraftTree.of_root(root)
-        if self._allowed > 1:
-            builder = TreeBuilder(root, max_nodes=self._allowed)
-            if self._tried(lambda drafter: drafter.extend_tree(builder, source=1)):
-                tree = builder.build()
-        self._drafted_s = time.perf_counter() - started
-        return tree
+    def wait(self) -> None:
+        """Return when the drafter is prepared, or has failed to."""
+        if self._ready is not None:
+            self._ready.exception()
 
     def first(self, token_id: int) -> None:
         """The token that followed the question."""
-        self._tried(lambda drafter: drafter.observe([token_id], None))
+        self._observe([token_id], None)
 
-    def observe(self, verified: Verified, *, seconds: float) -> None:
-        """A step over the last proposed tree took that long from one broadcast to the next."""
+    def propose(self, root: int, *, room: int) -> DraftTree:
+        """A tree that grows from the last token, of at most `room` nodes.
+
+        It is the root alone while the drafter still prepares.
+        """
+        started = time.perf_counter()
+        tree = DraftTree.of_root(root)
+        self._allowed = max(1, min(room, self._controller.max_nodes()))
+        if self._allowed > 1 and self._is_ready:
+
+            def grow(drafter: Drafter) -> DraftTree:
+                builder = TreeBuilder(root, max_nodes=self._allowed)
+                drafter.extend_tree(builder, source=1)
+                return builder.build()
+
+            tree = self._tried(grow) or tree
+        self.stats.draft_s += time.perf_counter() - started
+        return tree
+
+    def observe(self, verified: Verified, *, path: Sequence[int], started: float) -> None:
+        """A step over the last proposed tree, which began at that `time.perf_counter`."""
+        begin = time.perf_counter()
+        self._observe(verified.new_ids, verified)
+        now = time.perf_counter()
         self.stats.steps += 1
-        self.stats.emitted += len(verified.path)
+        self.stats.emitted += len(verified.new_ids)
         self.stats.nodes += len(verified.tree)
-        self.stats.draft_s += self._drafted_s
-        self.stats.verify_s += seconds
-        self.stats.accepted.update(verified.tree.sources[node] for node in verified.path[1:])
-        self._controller.update(
-            StepReport(self._allowed, len(verified.tree), verified.path, seconds + self._drafted_s)
-        )
-        self._tried(lambda drafter: drafter.observe(verified.new_ids, verified))
+        self.stats.draft_s += now - begin
+        report = StepReport(self._allowed, len(verified.tree), path, now - started)
+        self._controller.update(report)
 
-    def _tried(self, use: Callable[[Drafter], None]) -> bool:
-        """Whether there is a drafter and it did not fail."""
-        if self._drafter is None:
-            return False
+    def _observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
+        if not self._is_ready:
+            self._missed += new_ids
+            return
+        if self._missed:
+            missed, self._missed = self._missed, []
+            self._tried(lambda drafter: drafter.observe(missed, None))
+        self._tried(lambda drafter: drafter.observe(new_ids, verified))
+
+    @property
+    def _is_ready(self) -> bool:
+        return self._ready is not None and self._ready.done()
+
+    def _tried(self, use: Callable[[Drafter], T]) -> T | None:
+        """What the drafter returns; None where there is none, or it fails."""
+        if self._drafter is None or self._ready is None:
+            return None
         try:
-            if self._ready is not None:
-                self._ready.result()
-            use(self._drafter)
+            self._ready.result()
+            return use(self._drafter)
         except Exception:
             # Whatever is wrong with it, the target needs no drafter to go on.
             _log.warning("the drafter failed; the answer goes on without it", exc_info=True)
             self._drafter, self._controller = None, FixedController(1)
-            return False
-        return True
+            return None

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from apb.errors import InputError
 from apb.speculate.base import Drafter, DrafterConfig, Verified
 from apb.speculate.lookup import latest_recurrence
-from apb.speculate.suffix_index import ID_BYTES, MAX_MATCH, Match, SuffixIndex, decode, encode
+from apb.speculate.suffix_index import (
+    ID_BYTES,
+    MAX_MATCH,
+    SORTED_TOKENS,
+    Match,
+    SuffixIndex,
+    decode,
+    encode,
+)
 from apb.speculate.tree import Follower, TreeBuilder
 
 
@@ -25,16 +33,16 @@ class SuffixDrafter(Drafter):
         self._min_match, self._factor = min_match, factor
         self._index: SuffixIndex | None = None
         self._recent: list[int] = []
-        self._answer = b""
+        self._answer = bytearray()
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
         self._index = SuffixIndex(prompt_ids)
-        self._recent = list(prompt_ids[-64:])
-        self._answer = b""
+        self._recent = list(prompt_ids[-MAX_MATCH:])
+        self._answer = bytearray()
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         self._recent.extend(new_ids)
-        del self._recent[:-64]
+        del self._recent[:-MAX_MATCH]
         self._answer += encode(new_ids)
 
     def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
@@ -46,7 +54,7 @@ class SuffixDrafter(Drafter):
             copied = decode(self._answer[own.stop * ID_BYTES : stop * ID_BYTES])
             tree.add_path(copied, source=source)
         if match is not None:
-            farthest = match.length + self._reach(match.length)
+            farthest = min(match.length + self._reach(match.length), SORTED_TOKENS)
             tree.add_likeliest(match, lambda place: self._followers(place, farthest), source=source)
 
     def _reach(self, match_len: int) -> int:

@@ -22,13 +22,22 @@ from triton.compiler import ASTSource
 
 from apb_kernels.decode_attention import decode_attention_kernel
 from apb_kernels.segment_attention import padded_head_dim, segment_attention_fwd_kernel
+from apb_kernels.segments import SEGMENT_FIELDS, TILE_FIELDS
 from apb_kernels.tiles import TileConfig, default_config
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 """Bytes of shared memory that one block may use (CUDA C++ Programming Guide, table 30)."""
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _GROUP_SIZE = 4
+_UNALIGNED = ("stride_lt", "stride_lh", "stride_pn", "stride_pt", "stride_ph")
+"""Of log-sum-exps and packed partials: no multiples of 16 elements."""
 _KERNELS = {"segment": segment_attention_fwd_kernel, "decode": decode_attention_kernel}
 
 
@@ -87,7 +96,7 @@ def resources(build: Build, config: TileConfig | None = None) -> Resources:
     aligned = {
         (function.arg_names.index(name),): [["tt.divisibility", 16]]
         for name in names
-        if name.startswith(("p_", "stride_"))
+        if name.startswith(("p_", "stride_")) and name not in _UNALIGNED
     }
     source = ASTSource(
         function,
@@ -122,7 +131,8 @@ def _constants(build: Build, config: TileConfig) -> dict[str, Any]:
         "TMA": config.tma,
     }
     if build.kernel == "segment":
-        return common | {"ALIGNED": 16 // DTYPES[build.dtype], "CARRY": True}
+        fields = {"TILE_FIELDS": TILE_FIELDS, "SEGMENT_FIELDS": SEGMENT_FIELDS}
+        return common | fields | {"ALIGNED": 16 // DTYPES[build.dtype], "CARRY": True}
     return common | {"BLOCK_TAIL": 64, "HAS_TAIL": True, "HAS_TREE": True}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from apb_kernels.arguments import check_device, check_keys, check_queries
 from apb_kernels.inner import attend_keys, keys_of
 from apb_kernels.merge import merge
-from apb_kernels.segment_attention import Partial, lend_scratch, padded_head_dim
+from apb_kernels.segment_attention import Partial, padded_head_dim, scratch
 from apb_kernels.tiles import TileConfig, tile_config
 
 MAX_ROWS = 64
@@ -65,6 +65,8 @@ def decode_attention(
         ValueError: a dtype, head size, stride, device or number of rows that is not supported.
     """
     _check(q_HTD, k_KSD, v_KSD, length, scale, tail)
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits={num_splits} is not supported; supported are 1 and more")
     num_heads, num_rows, head_dim = q_HTD.shape
     num_kv_heads, capacity, _ = k_KSD.shape
     group_size = num_heads // num_kv_heads
@@ -80,9 +82,7 @@ def decode_attention(
     tail_k, tail_v, visible = tail or Tail(k_KSD, v_KSD)
     if visible is not None:
         visible = visible.contiguous().view(torch.uint8)
-    if config.tma:
-        lend_scratch()
-    with torch.cuda.device_of(q_HTD):
+    with torch.cuda.device_of(q_HTD), scratch(config.tma):
         decode_attention_kernel[num_tiles, parts, num_kv_heads](
             q_HTD, k_KSD, v_KSD, length, tail_k, tail_v, visible, packed_NTHE,
             *q_HTD.stride()[:2], *k_KSD.stride()[:2], *v_KSD.stride()[:2],
@@ -110,7 +110,8 @@ def _num_splits(programs_per_split: int, capacity: int, device: torch.device) ->
     return max(1, min(filling, triton.cdiv(capacity, _MIN_SPLIT_KEYS)))
 
 
-@triton.jit
+# A tree of another size must not compile another kernel in the middle of an answer.
+@triton.jit(do_not_specialize=["num_rows", "tail_len", "num_splits"])
 def decode_attention_kernel(
     p_q, p_k, p_v, p_length, p_tail_k, p_tail_v, p_visible, p_packed,
     stride_qh, stride_qt, stride_kh, stride_ks, stride_vh, stride_vs,

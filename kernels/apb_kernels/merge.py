@@ -58,7 +58,7 @@ def merge(packed_NTHE: Tensor, *, dtype: torch.dtype = torch.float32) -> Partial
     return Partial(out_THD, lse_TH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_rows"])
 def merge_kernel(
     p_packed, p_out, p_lse, count, num_rows, num_heads, stride_n, stride_t, stride_h,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,

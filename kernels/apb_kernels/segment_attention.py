@@ -6,7 +6,8 @@ kernels M packed rows of a tile, N keys of a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,10 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime._allocation import _allocator
 
 from apb_kernels.arguments import check_device, check_keys, check_queries
 from apb_kernels.inner import attend_keys, keys_of
 from apb_kernels.segments import (
+    SEGMENT_FIELDS,
+    TILE_FIELDS,
     KeySegment,
     segment_table,
     sorted_segments,
@@ -80,9 +84,7 @@ def segment_attention(
     group_size = num_heads // num_kv_heads
     config = config or tile_config("segment", q_HTD.dtype, head_dim, q_HTD.device)
     tiles = tile_table(spans, group_size, config.rows, q_HTD.device)
-    if config.tma:
-        lend_scratch()
-    with torch.cuda.device_of(q_HTD):
+    with torch.cuda.device_of(q_HTD), scratch(config.tma):
         segment_attention_fwd_kernel[tiles.shape[0], num_kv_heads](
             q_HTD,
             carry.out_THD,
@@ -98,6 +100,8 @@ def segment_attention(
             BLOCK_M=config.rows,
             BLOCK_N=config.keys,
             BLOCK_D=padded_head_dim(head_dim),
+            TILE_FIELDS=TILE_FIELDS,
+            SEGMENT_FIELDS=SEGMENT_FIELDS,
             ALIGNED=16 // q_HTD.element_size(),
             TMA=config.tma,
             CARRY=continued,
@@ -121,10 +125,11 @@ def segment_attention_fwd_kernel(
     stride_qh, stride_qt, stride_ot, stride_oh, stride_lt, stride_lh, scale_log2,
     G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE_FIELDS: tl.constexpr, SEGMENT_FIELDS: tl.constexpr,
     ALIGNED: tl.constexpr, TMA: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed rows of one key/value head; the fields are those of `segments.Tile`."""
-    p_tile = p_tiles + tl.program_id(0) * 5
+    p_tile = p_tiles + tl.program_id(0) * TILE_FIELDS
     first_token = tl.load(p_tile).to(tl.int64)
     num_tokens = tl.load(p_tile + 1)
     first_row = tl.load(p_tile + 2)
@@ -156,7 +161,7 @@ def segment_attention_fwd_kernel(
         b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for i_segment in range(first_segment, last_segment):
-        p_segment = p_segments + i_segment * 8
+        p_segment = p_segments + i_segment * SEGMENT_FIELDS
         # The launcher has checked that rows start at multiples of 16 bytes.
         stride_kh = tl.multiple_of(tl.load(p_segment + 2), ALIGNED)
         stride_ks = tl.multiple_of(tl.load(p_segment + 3), ALIGNED)
@@ -192,13 +197,25 @@ def segment_attention_fwd_kernel(
     tl.store(p_lse_tile, b_lse, mask=m_row)
 
 
-def lend_scratch() -> None:
-    """Tensor descriptors that a kernel makes are kept in memory that Triton asks for."""
+@contextmanager
+def scratch(needed: bool) -> Iterator[None]:
+    """Lends memory for the tensor descriptors that a kernel makes, which Triton asks its user for.
 
-    def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device="cuda")
+    The user's own allocator is back afterwards.
+    """
+    if not needed:
+        yield
+        return
+    lender = _allocator.get()
+    triton.set_allocator(_lend)
+    try:
+        yield
+    finally:
+        triton.set_allocator(lender)
 
-    triton.set_allocator(scratch)
+
+def _lend(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _empty(q_HTD: Tensor) -> Partial:
@@ -232,6 +249,11 @@ def _check(
             raise ValueError(
                 f"segments[{i}].k_KSD has {segment.k_KSD.shape[0]} heads, "
                 f"segments[0].k_KSD {segments[0].k_KSD.shape[0]}"
+            )
+        if segment.causal and segment.k_KSD.shape[1] != segment.stop - segment.start:
+            raise ValueError(
+                f"segments[{i}] is causal with {segment.k_KSD.shape[1]} keys for "
+                f"{segment.stop - segment.start} rows; as many are wanted"
             )
         if not 0 <= segment.start <= segment.stop <= q_HTD.shape[1]:
             raise ValueError(

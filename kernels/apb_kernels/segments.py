@@ -58,13 +58,12 @@ SEGMENT_FIELDS = 8
 
 
 def spans_of(segments: Sequence[KeySegment]) -> tuple[Span, ...]:
-    """Non-empty segments, those of the same rows beside each other."""
-    spans = [Span(s.start, s.stop, s.k_KSD.shape[1], s.causal) for s in segments]
-    return tuple(sorted(spans, key=lambda span: span[:2]))
+    """What the tile table needs to know of segments, in their order."""
+    return tuple(Span(s.start, s.stop, s.k_KSD.shape[1], s.causal) for s in segments)
 
 
 def sorted_segments(segments: Sequence[KeySegment]) -> list[KeySegment]:
-    """Without the empty ones, in the order of `spans_of`."""
+    """Without the empty ones, those of the same rows beside each other."""
     kept = [s for s in segments if s.stop > s.start and s.k_KSD.shape[1] > 0]
     return sorted(kept, key=lambda segment: (segment.start, segment.stop))
 

@@ -45,7 +45,7 @@ def select_topk(
     _check(scores_KS, k_KSD, v_KSD, out_P2KD, pool, excluded)
     num_heads, num_tokens = scores_KS.shape
     budget, head_dim = out_P2KD.shape[0], out_P2KD.shape[3]
-    rank_KS = torch.empty_like(scores_KS, dtype=torch.int32)
+    rank_KS = torch.empty(scores_KS.shape, dtype=torch.int32, device=scores_KS.device)
     index_KP = torch.empty((num_heads, budget), dtype=torch.int32, device=scores_KS.device)
     if budget == 0:
         return index_KP
@@ -66,7 +66,7 @@ def select_topk(
     return index_KP
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rank_scores_kernel(
     p_scores, p_rank, num_tokens, stride_k, stride_s, stride_rank,
     POOL: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -75,7 +75,7 @@ def rank_scores_kernel(
     i_kv = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     b_score = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    for i_offset in tl.static_range(POOL):
+    for i_offset in range(POOL):
         o_near = o_s + i_offset - POOL // 2
         p_near = p_scores + i_kv * stride_k + o_near.to(tl.int64) * stride_s
         m_near = (o_near >= 0) & (o_near < num_tokens)
@@ -88,7 +88,7 @@ def rank_scores_kernel(
     tl.store(p_rank + i_kv * stride_rank + o_s, b_rank, mask=o_s < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "excluded", "budget"])
 def choose_tokens_kernel(
     p_rank, p_index, num_tokens, excluded, budget, stride_rank, BLOCK_S: tl.constexpr
 ):
@@ -131,7 +131,7 @@ def count_from(p_rank, first, stop, bound, BLOCK_S: tl.constexpr):
     return tl.sum(b_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["budget"])
 def gather_kv_kernel(
     p_index, p_k, p_v, p_out, budget,
     stride_kh, stride_ks, stride_kd, stride_vh, stride_vs, stride_vd,
@@ -165,8 +165,11 @@ def _check(
         )
     num_heads, num_tokens = scores_KS.shape
     for name, x in (("k_KSD", k_KSD), ("v_KSD", v_KSD)):
-        if x.dim() != 3 or x.shape[:2] != scores_KS.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, scores {num_heads, num_tokens}")
+        if x.dim() != 3 or x.shape[:2] != scores_KS.shape or x.shape != k_KSD.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, scores {num_heads, num_tokens}, "
+                f"keys {tuple(k_KSD.shape)}"
+            )
         check_device(name, x, scores_KS)
     check_device("out_P2KD", out_P2KD, scores_KS)
     wanted = (2, num_heads, k_KSD.shape[2])

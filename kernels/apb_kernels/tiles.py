@@ -42,6 +42,10 @@ _NARROW = {
         "segment": {64: (128, 64, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
         "decode": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
     },
+    86: {  # 99 KiB of shared memory instead of 163, as 89
+        "segment": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+        "decode": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+    },
     90: {
         "segment": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         "decode": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
@@ -49,6 +53,10 @@ _NARROW = {
     100: {
         "segment": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
         "decode": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+    },
+    120: {  # 99 KiB again
+        "segment": {64: (128, 64, 8, 2), 128: (64, 32, 4, 2), 256: (32, 16, 4, 2)},
+        "decode": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 16, 4, 2)},
     },
 }
 """Rows, keys, warps, stages by kernel and largest head size; 16-bit ones by compute capability."""
@@ -60,7 +68,7 @@ def default_config(kernel: str, capability: int, itemsize: int, head_dim: int) -
     if itemsize == 2:
         generation = max(known for known in _NARROW if known <= max(capability, 80))
         sizes = _NARROW[generation][kernel]
-    rows, keys, warps, stages = sizes[next(size for size in sizes if head_dim <= size)]
+    rows, keys, warps, stages = sizes[min(size for size in sizes if head_dim <= size)]
     tma = capability >= 90 and itemsize == 2
     return TileConfig(rows=rows, keys=keys, warps=warps, stages=stages, tma=tma)
 

@@ -125,6 +125,7 @@ Q, K = torch.zeros(4, 5, 16), torch.zeros(2, 30, 16)
         ({"q_HTD": torch.zeros(4, 65, 16)}, "q_HTD has 65 rows; supported are 1 to 64"),
         ({"q_HTD": torch.zeros(4, 0, 16)}, "q_HTD has 0 rows"),
         ({"scale": -1.0}, "scale=-1.0"),
+        ({"num_splits": 0}, "num_splits=0"),
         ({"k_KSD": K.half()}, "k_KSD.dtype=torch.float16 is not the queries'"),
         ({"v_KSD": K[:, :3]}, r"v_KSD has shape \(2, 3, 16\), k_KSD \(2, 30, 16\)"),
         ({"length": torch.zeros(1)}, "length has dtype torch.float32"),

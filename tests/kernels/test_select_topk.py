@@ -41,7 +41,7 @@ def test_the_same_tokens_as_the_specification_and_their_kv(
     )
     message = torch.full((budget + 2, 2, num_heads, 8), math.nan, device=device)
     found = select_topk(
-        scores_KS.to(device),
+        scores_KS.to(device).mT.contiguous().mT,  # strides are the caller's
         k_KSD.to(device),
         v_KSD.to(device),
         message[1:-1],
@@ -84,6 +84,7 @@ SCORES_KS, KV, OUT = torch.zeros(2, 9), torch.zeros(2, 9, 8), torch.zeros(4, 2, 
     [
         ({"scores_KS": SCORES_KS.half()}, "scores_KS is torch.float16"),
         ({"k_KSD": KV[:, :8]}, r"k_KSD has shape \(2, 8, 8\), scores \(2, 9\)"),
+        ({"v_KSD": KV[:, :, :4]}, r"v_KSD has shape \(2, 9, 4\)"),
         ({"out_P2KD": OUT[:, :, :1]}, r"out_P2KD has shape \(4, 2, 1, 8\)"),
         ({"pool": 4}, "pool=4 is not supported; supported are odd numbers"),
         ({"excluded": 6}, "4 tokens are to be kept of 9 without 6"),

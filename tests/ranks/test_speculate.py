@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from apb.plugins import PLUGINS
 from apb.sampling import SamplingParams
 from apb.speculate.base import Drafter, DrafterConfig, Verified
 from apb.speculate.control import ControllerKind
-from apb.speculate.speculator import Speculator
+from apb.speculate.speculator import SpeculationStats, Speculator
 from apb.speculate.tree import TreeBuilder
 from models import random_ids
 from rank_pool import RankPool, same_on_all_ranks
@@ -83,38 +85,57 @@ class ProphetConfig(DrafterConfig):
         return Prophet(self.answer)
 
 
+class Stop(NamedTuple):
+    """When an answer ends early, on the owner's word."""
+
+    last: int | None = None
+    """With this token."""
+    cancelled_after: int | None = None
+    """So many tokens."""
+
+
+NEVER = Stop()
+
+
 def decode(
-    comm: Communicator, case: Case, params: SamplingParams, config: DrafterConfig
-) -> tuple[Answer, int]:
-    """The answer, and the number of steps it took on rank 0."""
-    room = params.max_tokens + config.max_nodes
-    engine = make_engine(comm, replace(case, new_ids=case.new_ids + (0,) * room))
+    comm: Communicator, case: Case, params: SamplingParams, config: DrafterConfig, stop: Stop
+) -> tuple[Answer, SpeculationStats]:
+    """The answer, and rank 0's figures. The cache has just the room that a request reserves."""
+    room = (0,) * params.max_tokens
+    engine = make_engine(comm, replace(case, new_ids=case.new_ids + room))
     speculator = None
     if comm.rank == 0:
         speculator = Speculator(config)
         speculator.begin([*case.prompt.context_ids, *case.new_ids])
+        speculator.wait()
+    asked = count(1)
     steps = generate(
         engine,
         case.new_ids,
         params,
         timeline=Timeline(torch.device("cpu")),
-        is_last=lambda _: False,
+        is_last=lambda token_id: token_id == stop.last,
+        is_cancelled=lambda: next(asked) == stop.cancelled_after,
         speculator=speculator,
         max_nodes=config.max_nodes,
     )
     answer = [(step.token_id, step.finish_reason) for step in steps]
-    return answer, speculator.stats.steps if speculator else 0
+    return answer, speculator.stats if speculator else SpeculationStats()
 
 
 def run(
-    pool: RankPool, case: Case, params: SamplingParams, config: DrafterConfig
-) -> tuple[Answer, int]:
-    results = pool.run(decode, case, params, config)
+    pool: RankPool,
+    case: Case,
+    params: SamplingParams,
+    config: DrafterConfig,
+    stop: Stop = NEVER,
+) -> tuple[Answer, SpeculationStats]:
+    results = pool.run(decode, case, params, config, stop)
     return same_on_all_ranks([answer for answer, _ in results]), results[0][1]
 
 
-def plain(pool: RankPool, case: Case, params: SamplingParams) -> Answer:
-    return run(pool, case, params, PLUGINS["drafter"]["none"]())[0]
+def plain(pool: RankPool, case: Case, params: SamplingParams, stop: Stop = NEVER) -> Answer:
+    return run(pool, case, params, PLUGINS["drafter"]["none"](), stop)[0]
 
 
 @over_ranks
@@ -128,9 +149,28 @@ def test_trees_that_hold_the_answer_yield_it_in_fewer_steps(
     case, pool = replace(CASE, model=model, placement=placement), pool_of(world_size)
     expected = plain(pool, case, params)
     config = ProphetConfig(answer=tuple(token_id for token_id, _ in expected))
-    answer, steps = run(pool, case, params, config)
+    answer, stats = run(pool, case, params, config)
     assert answer == expected
-    assert steps < MAX_TOKENS / 2
+    assert stats.steps < MAX_TOKENS / 2
+    assert stats.emitted == MAX_TOKENS - 1
+
+
+@over_ranks
+@over_placements
+def test_answers_end_within_a_step_where_plain_ones_end(
+    pool_of: PoolOf, placement: Placement, world_size: int
+) -> None:
+    case, pool = replace(CASE, placement=placement), pool_of(world_size)
+    whole = plain(pool, case, GREEDY)
+    config = ProphetConfig(answer=tuple(token_id for token_id, _ in whole))
+    for index in (0, 7, 8, 30):
+        last = whole[index][0]
+        first = [token_id for token_id, _ in whole].index(last)
+        stop = Stop(last=last)
+        assert run(pool, case, GREEDY, config, stop)[0] == [*whole[:first], (last, "stop")]
+        stop = Stop(cancelled_after=index + 1)
+        expected = [*whole[:index], (last, "cancelled")]
+        assert run(pool, case, GREEDY, config, stop)[0] == expected
 
 
 @over_ranks
@@ -141,11 +181,12 @@ def test_every_drafter_leaves_the_answer_as_it_is(
     pool_of: PoolOf, name: str, params: SamplingParams, placement: Placement, world_size: int
 ) -> None:
     case, pool = replace(CASE, placement=placement), pool_of(world_size)
-    config = PLUGINS["drafter"][name](max_nodes=9)
-    answer, _ = run(pool, case, params, config)
+    config = PLUGINS["drafter"][name](max_nodes=9, controller=ControllerKind.fixed)
+    answer, stats = run(pool, case, params, config)
     assert answer == plain(pool, case, params)
+    assert stats.nodes > stats.steps, "nothing was drafted"
 
 
 def test_plain_decoding_takes_a_step_for_each_token_but_the_first(pool_of: PoolOf) -> None:
-    _, steps = run(pool_of(1), CASE, GREEDY, PLUGINS["drafter"]["none"]())
-    assert steps == MAX_TOKENS - 1
+    _, stats = run(pool_of(1), CASE, GREEDY, PLUGINS["drafter"]["none"]())
+    assert (stats.steps, stats.nodes) == (MAX_TOKENS - 1, MAX_TOKENS - 1)

@@ -21,6 +21,7 @@ from apb.attention.base import (
     AttentionPartial,
     AttentionTarget,
     Segment,
+    masked_attention,
     merge_partials,
 )
 from apb.attention.flash import FlashBackend
@@ -53,6 +54,14 @@ PACKED: dict[str, Spans] = {
     "empty segments": [(0, 9, 0), (4, 4, 12), (0, 9, None)],
     "nothing at all": [],
 }
+
+
+LARGE = PACKED | {
+    "more than a tile": [(0, 301, None), (0, 301, 277)],
+    "blocks of more than a tile": [(0, 150, None), (150, 420, None), (150, 420, 141)],
+    "a long shard": [(0, 9, 3001), (0, 9, None)],
+}
+"""For the tile sizes that are shipped."""
 
 
 def draw_rows(num_rows: int, head_dim: int, groups: int, device: torch.device = CPU) -> Tensor:
@@ -150,8 +159,8 @@ def test_backends_hold_for_every_head_dim_and_group_size(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("spans", PACKED.values(), ids=PACKED.keys())
+@pytest.mark.parametrize("name", PLUGINS["backend"])
+@pytest.mark.parametrize("spans", LARGE.values(), ids=LARGE.keys())
 def test_backends_are_as_exact_as_plain_attention_on_a_gpu(
     name: str, spans: Spans, head_dim: int, dtype: torch.dtype
 ) -> None:
@@ -175,6 +184,23 @@ def test_carry_continues_an_earlier_result(name: str) -> None:
     found = backend.attend(q_HTD, segments[2:], scale=0.25, carry=before)
     whole = ReferenceBackend().attend(q_HTD, segments, scale=0.25)
     assert_close(found, whole)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("upstream", [0, 40])
+def test_rows_of_a_tree_see_what_their_mask_says(name: str, upstream: int) -> None:
+    """As one dense computation under the mask, with a shard that all rows see or without."""
+    visible_TT = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).bool()
+    q_HTD = draw_rows(4, 16, 2)
+    (own,) = draw_segments([(0, 4, 4)], 16)
+    segments = [replace(own, visible_TS=visible_TT)]
+    if upstream:
+        segments.insert(0, draw_segments([(0, 4, upstream)], 16)[0])
+    k_KSD = torch.cat([segment.k_KSD for segment in segments], dim=1)
+    v_KSD = torch.cat([segment.v_KSD for segment in segments], dim=1)
+    visible_TS = torch.cat([torch.ones(4, upstream, dtype=torch.bool), visible_TT], dim=1)
+    expected = masked_attention(q_HTD, k_KSD, v_KSD, visible_TS, 0.25)
+    assert_close(BACKENDS[name].attend(q_HTD, segments, scale=0.25), expected)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -120,3 +120,18 @@ def test_bytes_per_token_are_what_the_buffer_takes(dtype: torch.dtype) -> None:
     shard = make_shard(shape)
     held = sum(x.untyped_storage().nbytes() for x in (shard.view(0)[0],))
     assert shape.bytes_per_token() * CAPACITY == held
+
+
+@given(kept=st.sets(st.integers(0, 6)))
+def test_of_a_pass_only_the_kept_rows_stay(kept: set[int]) -> None:
+    """As of a tree, of which one path is committed."""
+    shard, first, tree, last = make_shard(), rows(3, seed=1), rows(7, seed=2), rows(2, seed=3)
+    write(shard, first)
+    shard.commit(torch.arange(3))
+    write(shard, tree)
+    path = sorted(kept)
+    shard.keep(path, torch.arange(3, 3 + len(path)))
+    assert_holds(shard, [first, tree[:, :, :, path]], range(3 + len(path)))
+    write(shard, last)
+    shard.commit(torch.arange(50, 52))
+    assert_holds(shard, [first, tree[:, :, :, path], last], [*range(3 + len(path)), 50, 51])

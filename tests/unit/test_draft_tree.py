@@ -99,13 +99,21 @@ def test_outcomes_survive_the_wire(
 def test_greedy_path_is_the_walk_of_largest_logits(tree: DraftTree, seed: int) -> None:
     logits_NV = torch.randn(len(tree), VOCAB, generator=torch.Generator().manual_seed(seed))
     walk = accept(tree, logits_NV, Sampler(SamplingParams()))
-    assert walk is not None
     for node, following in itertools.pairwise(walk.path):
         assert tree.parents[following] == node
         assert tree.tokens[following] == logits_NV[node].argmax()
     assert walk.token_id == logits_NV[walk.path[-1]].argmax()
     children = tree.children(walk.path[-1])
     assert walk.token_id not in [tree.tokens[child] for child in children]
+
+
+def test_a_walk_ends_where_logits_are_not_finite() -> None:
+    tree = DraftTree((0, 1, 2), (-1, 0, 1), (0, 0, 0))
+    logits_NV = torch.eye(3).roll(1, dims=1)
+    logits_NV[1, 0] = torch.nan
+    assert accept(tree, logits_NV, Sampler(SamplingParams())) == ((0, 1), None)
+    logits_NV[1, 0], logits_NV[2, 0] = 0.0, torch.inf
+    assert accept(tree, logits_NV, Sampler(SamplingParams())) == ((0, 1, 2), None)
 
 
 Prefix = tuple[int, ...]
@@ -133,7 +141,7 @@ def step(prefix: Prefix, sampler: Sampler, take: Accept) -> Prefix:
 
 def taken(tree: DraftTree, logits_NV: Tensor, sampler: Sampler) -> Prefix:
     walk = accept(tree, logits_NV, sampler)
-    assert walk is not None
+    assert walk.token_id is not None
     return (*(tree.tokens[node] for node in walk.path[1:]), walk.token_id)
 
 
