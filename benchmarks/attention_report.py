@@ -54,7 +54,8 @@ def render(
         "",
         "As `apb` runs it: local keys first, then, when they have arrived, the others in a second "
         "call that continues the first. `ATen flash` and `cuDNN` here are one unmasked call with "
-        "as many query-key pairs. `of best` compares with the best plain causal attention above.",
+        "as many query-key pairs, `ATen flash, per segment` a causal and an unmasked call, not "
+        "merged. `of best` compares with the best plain causal attention above.",
         "",
         *_flop_table([t for t in times if t.kind == "prefill"], best=_best_plain(times)),
         "",

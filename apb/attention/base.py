@@ -7,7 +7,7 @@ dim, R ranks. The batch is always one document and carries no dimension.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -91,6 +91,19 @@ def merge_partials(partials: Sequence[AttentionPartial]) -> AttentionPartial:
     return AttentionPartial(out_THD, peak_TH + total_TH.log())
 
 
+def merge_into(carry: AttentionPartial, partial: AttentionPartial) -> AttentionPartial:
+    """`merge_partials` of two, in the memory and the dtype of the first where it is wide enough."""
+    if carry.out_THD.dtype != carry.lse_TH.dtype:
+        merged = merge_partials([carry, partial])
+        carry.out_THD.copy_(merged.out_THD)
+        return AttentionPartial(carry.out_THD, merged.lse_TH)
+    lse_TH = torch.logaddexp(carry.lse_TH, partial.lse_TH)
+    base_TH = lse_TH.masked_fill(lse_TH == float("-inf"), 0.0)
+    kept_TH, added_TH = (carry.lse_TH - base_TH).exp(), (partial.lse_TH - base_TH).exp()
+    carry.out_THD.mul_(kept_TH[..., None]).addcmul_(added_TH[..., None], partial.out_THD)
+    return AttentionPartial(carry.out_THD, lse_TH)
+
+
 def masked_attention(
     q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, visible_TS: Tensor, scale: float
 ) -> AttentionPartial:
@@ -137,6 +150,10 @@ class AttentionBackend(ABC):
         groups = _by_rows(segments)
         if carry is None and list(groups) == [(0, num_rows)]:
             return self._attend_group(q_HTD, groups[0, num_rows], scale, [])
+        if carry is not None and list(groups) == [(0, num_rows)]:
+            for partial in self._partials(q_HTD, groups[0, num_rows], scale):
+                carry = merge_into(carry, partial)
+            return carry
         result = carry or AttentionPartial.empty(num_rows, num_heads, head_dim, q_HTD)
         for (start, stop), group in groups.items():
             known = [] if carry is None else [AttentionPartial(*(x[start:stop] for x in carry))]
@@ -153,13 +170,18 @@ class AttentionBackend(ABC):
         known: list[AttentionPartial],
     ) -> AttentionPartial:
         """Attention of rows over segments that all of them see, merged with what is known."""
-        partials = known + [
-            self.attend_segment(q_HTD, s.k_KSD, s.v_KSD, causal=s.causal, scale=scale)
-            if s.visible_TS is None
-            else masked_attention(q_HTD, s.k_KSD, s.v_KSD, s.visible_TS, scale)
-            for s in segments
-        ]
+        partials = [*known, *self._partials(q_HTD, segments, scale)]
         return partials[0] if len(partials) == 1 else merge_partials(partials)
+
+    def _partials(
+        self, q_HTD: Tensor, segments: Sequence[Segment], scale: float
+    ) -> Iterator[AttentionPartial]:
+        """Attention of all rows over one segment after the other."""
+        for s in segments:
+            if s.visible_TS is None:
+                yield self.attend_segment(q_HTD, s.k_KSD, s.v_KSD, causal=s.causal, scale=scale)
+            else:
+                yield masked_attention(q_HTD, s.k_KSD, s.v_KSD, s.visible_TS, scale)
 
     def merge(self, packed_RTHE: Tensor) -> AttentionPartial:
         """`merge_partials` of what was gathered, outputs and lse side by side (E = D + 1)."""
