@@ -91,12 +91,14 @@ class ApbConfig(BlockConfig):
 
     Attributes:
         compressor: chooses the passing KV.
+        layout: `balanced` (block lengths by the cost model), `even` (paper) or `zigzag`.
         anchor: `shared` (rank 0 runs the anchor once) or `replicated` (paper).
         anchor_len: tokens (integer) or share of an even block (float); the paper's is 1/4.
         passing_len: per block, likewise; the paper's is 1/8.
     """
 
     compressor: CompressorConfig = MISSING
+    layout: LayoutPolicy = LayoutPolicy.balanced
     anchor: AnchorForm = AnchorForm.shared
     anchor_len: Length = 0.25
     passing_len: Length = 0.125

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from apb.compress.knorm import KnormConfig
 from apb.errors import InputError
+from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig, Length
 from apb.methods.full import FullConfig
 from apb.methods.plan import AnchorForm, PrefillPlan
@@ -31,6 +32,7 @@ def plan_apb(
 ) -> PrefillPlan:
     config = ApbConfig(
         compressor=KnormConfig(),
+        layout=LayoutPolicy.even,  # whose block length is what shares are of
         anchor=form,
         anchor_len=anchor_len,
         passing_len=passing_len,
