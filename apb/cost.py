@@ -74,7 +74,7 @@ NOMINAL_CPU = Rates(
     attention_flops=6e10,
     memory_bytes=1e10,
     link_bytes=1e9,
-    latency_s=3e-4,
+    latency_s=8e-4,
     source="nominal figures of a CPU core; `python -m apb.calibrate` measures this machine",
 )
 NOMINAL_GPU = Rates(
