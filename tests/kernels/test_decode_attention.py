@@ -52,7 +52,7 @@ def draw_tree(num_rows: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @at_home
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     num_rows=st.sampled_from([1, 2, 5, 17, MAX_ROWS]),
     group_size=st.sampled_from([1, 3, 4]),

@@ -10,16 +10,17 @@ from apb import LLM, InputError, SamplingParams
 
 DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 6
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
-SETTINGS = ["method.min_block_len=32", "num_blocks=4", "decode.placement=sharded"]
+SETTINGS = [
+    *("method/compressor=query", "method.min_block_len=32", "num_blocks=4"),
+    *("drafter=hybrid", "drafter.max_nodes=6", "decode.placement=sharded"),
+]
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("compressor", ["window", "query"])
-def test_fused_gives_the_tokens_of_the_specification(compressor: str) -> None:
+def test_fused_gives_the_tokens_of_the_specification() -> None:
     answers = {}
     for backend in ("reference", "fused"):
-        overrides = [*SETTINGS, f"method/compressor={compressor}"]
-        with LLM("tiny", world_size=2, backend=backend, overrides=overrides) as llm:
+        with LLM("tiny", world_size=2, backend=backend, overrides=SETTINGS) as llm:
             answers[backend] = llm.ask(DOCUMENT, "Who kept bees?", PARAMS)
         assert answers[backend].metrics.backend == backend
     assert answers["fused"].token_ids == answers["reference"].token_ids

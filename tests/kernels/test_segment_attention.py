@@ -72,7 +72,7 @@ def packings(draw_from: st.DrawFn) -> list[tuple[int, int, int | None]]:
 
 @pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 @at_home
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(spans=packings(), group_size=st.sampled_from([1, 2, 3, 5]), with_carry=st.booleans())
 def test_any_packing_equals_the_specification(
     config: TileConfig,
