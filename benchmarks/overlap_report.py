@@ -281,18 +281,20 @@ def _share_table(found: Findings) -> list[str]:
 
 
 def _verdict(found: Findings) -> str:
-    """Waiting is what overlap can hide; what else slows attention is told beside it."""
+    """By what the slow link adds to the wait; ranks also wait for one another without a limit."""
     hidden, plain = found.layers(found.gbit, True), found.layers(None, True)
     if not hidden or not plain:
         return "The bar is not decided: other programs disturbed the processors too much."
-    share = statistics.fmean([x.wait for x in hidden]) / found.exchange_s(found.gbit).median
+    wait_s, base_s = (statistics.fmean([x.wait for x in layers]) for layers in (hidden, plain))
+    share = max(0.0, wait_s - base_s) / found.exchange_s(found.gbit).median
     slower_s = statistics.median([x.attention for x in hidden])
     slower_s -= statistics.median([x.attention for x in plain])
     busy_s = found.busy_s(found.gbit) - found.busy_s(None)
     return (
-        f"The bar is {'met' if share < _BAR else 'missed'}: with overlap a rank waits for "
-        f"{share:.1%} of an exchange's own duration. Attention beside the limited link takes "
-        f"{1e3 * slower_s:+.1f} ms a layer against the link without a limit. Limiting it takes "
+        f"The bar is {'met' if share < _BAR else 'missed'}: with overlap a rank waits "
+        f"{1e3 * wait_s:.2f} ms a layer on the limited link and {1e3 * base_s:.2f} ms without a "
+        f"limit; the difference is {share:.1%} of an exchange's own duration. Attention takes "
+        f"{1e3 * slower_s:+.1f} ms a layer beside the limited link. Limiting it takes "
         f"{1e3 * busy_s:.1f} ms of processor time an exchange, on the processors that attend; a "
         "network card would do that itself."
     )
