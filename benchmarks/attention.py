@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from apb.hf.model import DTYPES
+from apb.worker import choose_device
 from benchmarks.attention_cases import (
     Heads,
+    Scene,
     backends,
     check_backends,
     decode_cases,
@@ -45,22 +45,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> Path:
     """Check, measure and report; returns the report."""
     environment = Environment.read("benchmarks.attention")
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if args.device == "auto" and has_gpu else
-                          "cpu" if args.device == "auto" else args.device)  # fmt: skip
+    device = choose_device(args.device, 0)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    heads = Heads(*args.heads)
-    contestants = backends(device, dtype, heads)
-    checked = check_backends(contestants, heads, device, dtype)
-    for line in checked:
-        print(line, file=sys.stderr)
+    scene = Scene(Heads(*args.heads), device, dtype)
+    contestants = backends(scene)
+    checked = list(check_backends(contestants, scene))
+    print(*checked, sep="\n", file=sys.stderr)
     compiled = [] if args.no_compile else compile_table(os.cpu_count() or 1)
     watch = Stopwatch(device, args.repeats)
     is_small = device.type == "cpu"
     times = [
-        *run_plain(plain_cases(small=is_small), heads, device, dtype, watch),
-        *run_prefill(prefill_cases(small=is_small), contestants, heads, device, dtype, watch),
-        *run_decode(decode_cases(small=is_small), contestants, heads, device, dtype, watch),
+        *run_plain(plain_cases(small=is_small), scene, watch),
+        *run_prefill(prefill_cases(small=is_small), contestants, scene, watch),
+        *run_decode(decode_cases(small=is_small), contestants, scene, watch),
     ]
     data = {
         "environment": environment.to_json(),
@@ -68,8 +65,8 @@ def run(args: argparse.Namespace) -> Path:
         "checked": checked,
         "times": [asdict(time) for time in times],
     }
-    lines = render(times, checked, compiled, environment, heads, dtype, device)
-    return write_report(args.out, "attention", f"{heads.name}", lines, data)
+    lines = render(times, checked, compiled, environment, scene)
+    return write_report(args.out, "attention", scene.heads.name, lines, data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,23 @@ class Heads(NamedTuple):
         return f"h{self.query}k{self.key}d{self.dim}"
 
 
+class Scene(NamedTuple):
+    """What is the same for everything that is timed."""
+
+    heads: Heads
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def scale(self) -> float:
+        return float(self.heads.dim**-0.5)
+
+    @property
+    def pair_flops(self) -> int:
+        """Of a query-key pair in all heads."""
+        return 4 * self.heads.query * self.heads.dim
+
+
 class Prefill(NamedTuple):
     """A block of rows that sees an anchor, received passing blocks and itself."""
 
@@ -68,25 +85,21 @@ def decode_cases(*, small: bool) -> list[Decode]:
     return [Decode(rows, length) for length in keys for rows in (1, 8, 60)]
 
 
-def backends(
-    device: torch.device, dtype: torch.dtype, heads: Heads
-) -> Mapping[str, AttentionBackend]:
+def backends(scene: Scene) -> Mapping[str, AttentionBackend]:
     """Those that can run here."""
+    target = AttentionTarget(scene.device, scene.dtype, scene.heads.dim)
     found = {}
     for name in _COMPETING:
         try:
-            found[name] = PLUGINS["backend"][name]().build(
-                AttentionTarget(device, dtype, heads.dim)
-            )
+            found[name] = PLUGINS["backend"][name]().build(target)
         except InputError:
             continue
     return found
 
 
-def draw(
-    heads: Heads, rows: int, keys: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
+def draw(scene: Scene, rows: int, keys: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """Queries, and for each number of keys a buffer of keys and values ``[2, K, S, D]``."""
+    heads, device, dtype = scene
     q_HTD = torch.randn(heads.query, rows, heads.dim, device=device, dtype=dtype)
     kv = [
         torch.randn(2, heads.key, length, heads.dim, device=device, dtype=dtype) for length in keys
@@ -100,29 +113,15 @@ def segments_of(case: Prefill, local: Tensor, upstream: Tensor) -> tuple[list[Se
     return before, [Segment(0, case.local, upstream[0], upstream[1])]
 
 
-def check_backends(
-    contestants: Mapping[str, AttentionBackend],
-    heads: Heads,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[str]:
+def check_backends(contestants: Mapping[str, AttentionBackend], scene: Scene) -> Iterator[str]:
     """Compare every backend with fp64 at lengths that fit no tile; a sentence for each.
 
     Raises:
         ApbError: one is further from fp64 than eight units of the dtype.
     """
-    return list(_checks(contestants, heads, device, dtype))
-
-
-def _checks(
-    contestants: Mapping[str, AttentionBackend],
-    heads: Heads,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[str]:
     case = Prefill(local=333, anchor=77, received=130)
     upstream_len = case.anchor + case.received
-    q_HTD, kv = draw(heads, case.local, (case.local, upstream_len), device, dtype)
+    q_HTD, kv = draw(scene, case.local, (case.local, upstream_len))
     before, after = segments_of(case, *kv)
     exact = ReferenceBackend().attend(
         q_HTD.double(),
@@ -130,12 +129,12 @@ def _checks(
             Segment(s.start, s.stop, s.k_KSD.double(), s.v_KSD.double(), s.causal)
             for s in (*before, *after)
         ],
-        scale=heads.dim**-0.5,
+        scale=scene.scale,
     )
-    limit = 8 * torch.finfo(dtype).eps
+    limit = 8 * torch.finfo(scene.dtype).eps
     for name, backend in contestants.items():
-        carry = backend.attend(q_HTD, before, scale=heads.dim**-0.5)
-        found = backend.attend(q_HTD, after, scale=heads.dim**-0.5, carry=carry)
+        carry = backend.attend(q_HTD, before, scale=scene.scale)
+        found = backend.attend(q_HTD, after, scale=scene.scale, carry=carry)
         error = float((found.out_THD.double() - exact.out_THD).abs().max())
         if not error <= limit:
             raise ApbError(f"{name} is {error:.1e} from fp64, more than {limit:.1e}")

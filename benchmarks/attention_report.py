@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks.attention_cases import Heads
+from benchmarks.attention_cases import Scene
 from benchmarks.attention_runs import Time
 from benchmarks.environment import ROOT, Environment
 from benchmarks.report import Spread, table
@@ -31,17 +31,16 @@ def render(
     checked: Sequence[str],
     compiled: Sequence[str],
     environment: Environment,
-    heads: Heads,
-    dtype: torch.dtype,
-    device: torch.device,
+    scene: Scene,
 ) -> list[str]:
+    heads = scene.heads
     lines = [
         f"# Attention over segments, {heads.query} heads, {heads.key} KV heads of {heads.dim}, "
-        f"{str(dtype).removeprefix('torch.')}",
+        f"{str(scene.dtype).removeprefix('torch.')}",
         "",
         *environment.lines(),
         *(f"* before anything was timed: {sentence}" for sentence in checked),
-        *_no_gpu(device),
+        *_no_gpu(),
         "",
         "FLOPs are 4 x heads x head size x query-key pairs, so that a causal tile half above the "
         "diagonal counts half. Median (smallest to largest) of the repeats.",
@@ -75,7 +74,7 @@ def render(
     return lines
 
 
-def _no_gpu(device: torch.device) -> list[str]:
+def _no_gpu() -> list[str]:
     if torch.cuda.is_available():
         return []
     return [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apb.attention.base import AttentionBackend, Segment
 from apb.balance import causal_pairs
-from benchmarks.attention_cases import Decode, Heads, Prefill, draw, segments_of
+from benchmarks.attention_cases import Decode, Prefill, Scene, draw, segments_of
 
 _GPU_REPEAT_MS = 300
 _COPIED_BYTES = 2**28
@@ -68,14 +68,12 @@ def _works(name: str, run: Callable[[], object]) -> bool:
     return True
 
 
-def run_plain(
-    lengths: Sequence[int], heads: Heads, device: torch.device, dtype: torch.dtype, watch: Stopwatch
-) -> Iterator[Time]:
+def run_plain(lengths: Sequence[int], scene: Scene, watch: Stopwatch) -> Iterator[Time]:
     """torch's own causal attention, by each of its fused kernels that runs here."""
     for length in lengths:
-        q_HTD, [kv] = draw(heads, length, [length], device, dtype)
+        q_HTD, [kv] = draw(scene, length, [length])
         runs = dict(_plain_runs(q_HTD, kv, causal=True))
-        flops = 4 * heads.query * heads.dim * causal_pairs(length)
+        flops = scene.pair_flops * causal_pairs(length)
         for name, seconds in watch.seconds(runs).items():
             yield Time(
                 kind="plain",
@@ -90,21 +88,19 @@ def run_plain(
 def run_prefill(
     cases: Sequence[Prefill],
     contestants: Mapping[str, AttentionBackend],
-    heads: Heads,
-    device: torch.device,
-    dtype: torch.dtype,
+    scene: Scene,
     watch: Stopwatch,
 ) -> Iterator[Time]:
     """Each backend on a block with upstream keys, and one plain call with as many pairs."""
     for case in cases:
         lengths = (case.local, case.anchor + case.received, case.pairs // case.local)
-        q_HTD, [local, upstream, same_work] = draw(heads, case.local, lengths, device, dtype)
+        q_HTD, [local, upstream, same_work] = draw(scene, case.local, lengths)
         segments = segments_of(case, local, upstream)
-        runs = dict(_prefill_runs(contestants, q_HTD, *segments, scale=heads.dim**-0.5))
+        runs = dict(_prefill_runs(contestants, q_HTD, *segments, scale=scene.scale))
         runs |= dict(_plain_runs(q_HTD, same_work, causal=False))
-        if device.type == "cpu":
+        if scene.device.type == "cpu":
             runs["ATen flash, per segment"] = partial(_in_turn, q_HTD, local, upstream)
-        flops = 4 * heads.query * heads.dim * case.pairs
+        flops = scene.pair_flops * case.pairs
         for name, seconds in watch.seconds(runs).items():
             yield Time(
                 kind="prefill",
@@ -174,26 +170,24 @@ def _plain_runs(
 def run_decode(
     cases: Sequence[Decode],
     contestants: Mapping[str, AttentionBackend],
-    heads: Heads,
-    device: torch.device,
-    dtype: torch.dtype,
+    scene: Scene,
     watch: Stopwatch,
 ) -> Iterator[Time]:
     """Few rows over a shard and themselves, and a copy, which is what the memory can do."""
-    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=scene.device)
     target = torch.empty_like(source)
     copied = watch.seconds({"copy": lambda: target.copy_(source)})["copy"]
     yield Time(
         kind="copy", name="copy", case="copy", seconds=copied, flops=0, bytes=2 * _COPIED_BYTES
     )
     for case in cases:
-        q_HTD, [shard, own] = draw(heads, case.rows, (case.keys, case.rows), device, dtype)
+        q_HTD, [shard, own] = draw(scene, case.rows, (case.keys, case.rows))
         segments = [
             Segment(0, case.rows, shard[0], shard[1]),
             Segment(0, case.rows, own[0], own[1], causal=True),
         ]
         runs: dict[str, Callable[[], object]] = {
-            name: partial(backend.attend, q_HTD, segments, scale=heads.dim**-0.5)
+            name: partial(backend.attend, q_HTD, segments, scale=scene.scale)
             for name, backend in contestants.items()
         }
         for name, seconds in watch.seconds(runs).items():
@@ -202,6 +196,6 @@ def run_decode(
                 name=name,
                 case=f"{case.rows} rows, {case.keys} keys",
                 seconds=seconds,
-                flops=4 * heads.query * heads.dim * case.rows * case.keys,
+                flops=scene.pair_flops * case.rows * case.keys,
                 bytes=shard.numel() * shard.element_size(),
             )

@@ -7,7 +7,7 @@ dim, R ranks. The batch is always one document and carries no dimension.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from apb.attention.selection import select_topk
+from apb.errors import InputError
+
+_MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +94,18 @@ def merge_partials(partials: Sequence[AttentionPartial]) -> AttentionPartial:
     return AttentionPartial(out_THD, peak_TH + total_TH.log())
 
 
-def merge_into(carry: AttentionPartial, partial: AttentionPartial) -> AttentionPartial:
-    """`merge_partials` of two, in the memory and the dtype of the first where it is wide enough."""
-    if carry.out_THD.dtype != carry.lse_TH.dtype:
+def merge_into(carry: AttentionPartial, partial: AttentionPartial) -> None:
+    """`merge_partials` of both, in the memory and the dtypes of the first."""
+    if carry.out_THD.dtype != carry.lse_TH.dtype:  # too narrow to be summed up in
         merged = merge_partials([carry, partial])
         carry.out_THD.copy_(merged.out_THD)
-        return AttentionPartial(carry.out_THD, merged.lse_TH)
+        carry.lse_TH.copy_(merged.lse_TH)
+        return
     lse_TH = torch.logaddexp(carry.lse_TH, partial.lse_TH)
     base_TH = lse_TH.masked_fill(lse_TH == float("-inf"), 0.0)
     kept_TH, added_TH = (carry.lse_TH - base_TH).exp(), (partial.lse_TH - base_TH).exp()
     carry.out_THD.mul_(kept_TH[..., None]).addcmul_(added_TH[..., None], partial.out_THD)
-    return AttentionPartial(carry.out_THD, lse_TH)
+    carry.lse_TH.copy_(lse_TH)
 
 
 def masked_attention(
@@ -149,39 +153,29 @@ class AttentionBackend(ABC):
         num_heads, num_rows, head_dim = q_HTD.shape
         groups = _by_rows(segments)
         if carry is None and list(groups) == [(0, num_rows)]:
-            return self._attend_group(q_HTD, groups[0, num_rows], scale, [])
-        if carry is not None and list(groups) == [(0, num_rows)]:
-            for partial in self._partials(q_HTD, groups[0, num_rows], scale):
-                carry = merge_into(carry, partial)
-            return carry
+            return self._attend_group(q_HTD, groups[0, num_rows], scale)
         result = carry or AttentionPartial.empty(num_rows, num_heads, head_dim, q_HTD)
         for (start, stop), group in groups.items():
-            known = [] if carry is None else [AttentionPartial(*(x[start:stop] for x in carry))]
-            partial = self._attend_group(q_HTD[:, start:stop], group, scale, known)
-            result.out_THD[start:stop] = partial.out_THD
-            result.lse_TH[start:stop] = partial.lse_TH
+            partial = self._attend_group(q_HTD[:, start:stop], group, scale)
+            rows = AttentionPartial(*(x[start:stop] for x in result))
+            if carry is not None:
+                merge_into(rows, partial)
+            else:
+                rows.out_THD.copy_(partial.out_THD)
+                rows.lse_TH.copy_(partial.lse_TH)
         return result
 
     def _attend_group(
-        self,
-        q_HTD: Tensor,
-        segments: Sequence[Segment],
-        scale: float,
-        known: list[AttentionPartial],
-    ) -> AttentionPartial:
-        """Attention of rows over segments that all of them see, merged with what is known."""
-        partials = [*known, *self._partials(q_HTD, segments, scale)]
-        return partials[0] if len(partials) == 1 else merge_partials(partials)
-
-    def _partials(
         self, q_HTD: Tensor, segments: Sequence[Segment], scale: float
-    ) -> Iterator[AttentionPartial]:
-        """Attention of all rows over one segment after the other."""
-        for s in segments:
-            if s.visible_TS is None:
-                yield self.attend_segment(q_HTD, s.k_KSD, s.v_KSD, causal=s.causal, scale=scale)
-            else:
-                yield masked_attention(q_HTD, s.k_KSD, s.v_KSD, s.visible_TS, scale)
+    ) -> AttentionPartial:
+        """Attention of rows over segments that all of them see."""
+        partials = [
+            self.attend_segment(q_HTD, s.k_KSD, s.v_KSD, causal=s.causal, scale=scale)
+            if s.visible_TS is None
+            else masked_attention(q_HTD, s.k_KSD, s.v_KSD, s.visible_TS, scale)
+            for s in segments
+        ]
+        return partials[0] if len(partials) == 1 else merge_partials(partials)
 
     def merge(self, packed_RTHE: Tensor) -> AttentionPartial:
         """`merge_partials` of what was gathered, outputs and lse side by side (E = D + 1)."""
@@ -225,11 +219,19 @@ class AttentionTarget(NamedTuple):
     head_dim: int
 
 
-def is_older_than_ampere(device: torch.device) -> bool:
-    """Whether it is a GPU for which nobody writes attention kernels any more."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) < (8, 0)
+def check_flash_target(backend: str, target: AttentionTarget) -> None:
+    """Refuse what no kernel in the manner of FlashAttention-2 takes.
+
+    Raises:
+        InputError: an older GPU, or a head size that is not supported.
+    """
+    has_gpu = target.device.type == "cuda" and torch.cuda.is_available()
+    if has_gpu and torch.cuda.get_device_capability(target.device) < (8, 0):
+        raise InputError(f"backend={backend} needs a GPU of Ampere or later; use backend=sdpa")
+    if target.head_dim % 8 or target.head_dim > _MAX_HEAD_DIM:
+        raise InputError(
+            f"backend={backend} does not support heads of {target.head_dim}; use backend=sdpa"
+        )
 
 
 @dataclass(kw_only=True, slots=True)

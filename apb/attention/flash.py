@@ -15,11 +15,9 @@ from apb.attention.base import (
     AttentionPartial,
     AttentionTarget,
     BackendConfig,
-    is_older_than_ampere,
+    check_flash_target,
 )
 from apb.errors import InputError
-
-_MAX_HEAD_DIM = 256
 
 
 class FlashBackend(AttentionBackend):
@@ -55,12 +53,7 @@ class FlashConfig(BackendConfig):
             raise InputError(
                 f"backend=flash does not support {target.dtype}; use dtype=bfloat16 or backend=sdpa"
             )
-        if is_older_than_ampere(target.device):
-            raise InputError("backend=flash needs a GPU of Ampere or later; use backend=sdpa")
-        if target.head_dim % 8 or target.head_dim > _MAX_HEAD_DIM:
-            raise InputError(
-                f"backend=flash does not support heads of {target.head_dim}; use backend=sdpa"
-            )
+        check_flash_target("flash", target)
         return FlashBackend(_flash_attn_func(target.device))
 
 

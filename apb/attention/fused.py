@@ -17,7 +17,7 @@ from apb.attention.base import (
     AttentionTarget,
     BackendConfig,
     Segment,
-    is_older_than_ampere,
+    check_flash_target,
 )
 from apb.errors import InputError
 
@@ -122,12 +122,7 @@ class FusedConfig(BackendConfig):
             )
         if target.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise InputError(f"backend=fused does not support {target.dtype}; use backend=sdpa")
-        if target.head_dim % 8 or target.head_dim > 256:
-            raise InputError(
-                f"backend=fused does not support heads of {target.head_dim}; use backend=sdpa"
-            )
-        if is_older_than_ampere(target.device):
-            raise InputError("backend=fused needs a GPU of Ampere or later; use backend=sdpa")
+        check_flash_target("fused", target)
         if target.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError(
                 "backend=fused needs a GPU; on a CPU use backend=sdpa "

@@ -54,6 +54,9 @@ class ContextExchange:
         self._travels = len(plan.anchor) > 0 and plan.anchor_form is AnchorForm.shared
         self._anchor_source = plan.layout.blocks[0].rank
         self._parts = list(self._needed_parts())
+        self._sources = {part.source for part in self._parts}
+        self._own = [(index, place) for index, place, _ in self._message_parts(comm.rank)]
+        self._own_len = max((place.stop for _, place in self._own), default=0)
         others = [rank for rank in range(comm.world_size) if rank != comm.rank]
         self._sent = {rank: self._sent_len(comm.rank, rank) for rank in others}
         self._asked = {rank: self._sent_len(rank, comm.rank) for rank in others}
@@ -78,11 +81,9 @@ class ContextExchange:
 
     def outbox(self, layer: LayerInputs) -> Outbox:
         """A message with its anchor in it, and with room for what this rank's blocks pass on."""
-        pieces = list(self._message_parts(self._comm.rank))
-        length = sum(place.stop - place.start for _, place, _ in pieces)
-        kv_N2KD = self._wire(layer).unsent(length, layer.k_KTD.device)
+        kv_N2KD = self._wire(layer).unsent(self._own_len, layer.k_KTD.device)
         passing = []
-        for index, place, _ in pieces:
+        for index, place in self._own:
             if index >= 0:
                 passing.append(kv_N2KD[place])
             else:
@@ -123,8 +124,7 @@ class ContextExchange:
                 self._own_anchor(layer)
             )
         arrived = {**pending.wait(), self._comm.rank: message_NY}
-        sources = {part.source for part in self._parts}
-        decoded = {rank: wire.decode(arrived[rank]) for rank in sources}
+        decoded = {rank: wire.decode(arrived[rank]) for rank in self._sources}
         for part in self._parts:
             self._upstream_2KUD[:, :, part.upstream] = decoded[part.source][part.message].permute(
                 1, 2, 0, 3

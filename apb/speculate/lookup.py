@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from apb.errors import InputError
 from apb.speculate.base import Drafter, DrafterConfig, Verified
-from apb.speculate.suffix_index import ID_BYTES, decode, encode
+from apb.speculate.suffix_index import ID_BYTES, Text, decode, encode, longest_end
 from apb.speculate.tree import TreeBuilder
 
 
@@ -20,29 +20,19 @@ class Recurrence(NamedTuple):
     """Tokens up to the end of that place."""
 
 
-def latest_recurrence(text: bytes | bytearray, *, at_least: int, at_most: int) -> Recurrence | None:
+def latest_recurrence(text: Text, *, at_least: int, at_most: int) -> Recurrence | None:
     """The longest end of an encoded text that also stands earlier, at the latest such place."""
-    num_tokens = len(text) // ID_BYTES
-    low, high, best = at_least, min(at_most, num_tokens - 1), None
-    # If an end of some length recurs, so do all shorter ones.
-    while low <= high:
-        length = (low + high + 1) // 2
-        place = _last_place(text, text[-length * ID_BYTES :])
-        if place is None:
-            high = length - 1
-        else:
-            best, low = Recurrence(length, place + length), length + 1
-    return best
 
+    def find(end: Text) -> Recurrence | None:
+        """Not the place at the very end; hits across token borders do not count."""
+        stop = len(text) - 1
+        while (found := text.rfind(end, 0, stop)) >= 0:
+            if found % ID_BYTES == 0:
+                return Recurrence(len(end) // ID_BYTES, (found + len(end)) // ID_BYTES)
+            stop = found + len(end) - 1
+        return None
 
-def _last_place(text: bytes | bytearray, pattern: bytes | bytearray) -> int | None:
-    """In tokens, and not the one at the very end. Hits across token borders do not count."""
-    stop = len(text) - 1
-    while (found := text.rfind(pattern, 0, stop)) >= 0:
-        if found % ID_BYTES == 0:
-            return found // ID_BYTES
-        stop = found + len(pattern) - 1
-    return None
+    return longest_end(text, find, at_least=at_least, at_most=at_most)
 
 
 class LookupDrafter(Drafter):
@@ -63,8 +53,7 @@ class LookupDrafter(Drafter):
     def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
         found = latest_recurrence(self._text, at_least=self._min_match, at_most=self._max_match)
         if found is not None:
-            stop = found.stop + self._length
-            copied = decode(self._text[found.stop * ID_BYTES : stop * ID_BYTES])
+            copied = decode(self._text, found.stop, found.stop + self._length)
             tree.add_path(copied, source=source)
 
 

@@ -9,7 +9,6 @@ from apb.errors import InputError
 from apb.speculate.base import Drafter, DrafterConfig, Verified
 from apb.speculate.lookup import latest_recurrence
 from apb.speculate.suffix_index import (
-    ID_BYTES,
     MAX_MATCH,
     SORTED_TOKENS,
     Match,
@@ -50,8 +49,7 @@ class SuffixDrafter(Drafter):
         match = self._index.longest_match(self._recent, at_least=self._min_match)
         own = latest_recurrence(self._answer, at_least=self._min_match, at_most=MAX_MATCH)
         if own is not None and (match is None or own.length >= match.length):
-            stop = own.stop + self._reach(own.length)
-            copied = decode(self._answer[own.stop * ID_BYTES : stop * ID_BYTES])
+            copied = decode(self._answer, own.stop, own.stop + self._reach(own.length))
             tree.add_path(copied, source=source)
         if match is not None:
             farthest = min(match.length + self._reach(match.length), SORTED_TOKENS)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,10 @@ SORTED_TOKENS = 64
 MAX_MATCH = 32
 ID_BYTES = 4
 """Of an encoded token, most significant first, so that bytes compare as tokens do."""
+
+
+Text = TypeVar("Text", bytes, bytearray)
+F = TypeVar("F")
 
 
 class Match(NamedTuple):
@@ -45,19 +49,10 @@ class SuffixIndex:
 
     def longest_match(self, recent_ids: Sequence[int], *, at_least: int = 1) -> Match | None:
         """The longest end of `recent_ids`, up to 32 tokens, that the document holds."""
-        low, high, best = at_least, min(len(recent_ids), MAX_MATCH), None
         recent = encode(recent_ids[-MAX_MATCH:])
-        # If an end of some length occurs, so do all shorter ones.
-        while low <= high:
-            length = (low + high + 1) // 2
-            found = self._places(recent[-length * ID_BYTES :])
-            if found.first < found.last:
-                best, low = found, length + 1
-            else:
-                high = length - 1
-        return best
+        return longest_end(recent, self._places, at_least=at_least, at_most=MAX_MATCH)
 
-    def _places(self, pattern: bytes) -> Match:
+    def _places(self, pattern: bytes) -> Match | None:
         size = len(pattern)
 
         def beginning(rank: int) -> bytes:
@@ -67,7 +62,7 @@ class SuffixIndex:
         ranks = range(len(self))
         first = bisect_left(ranks, pattern, key=beginning)
         last = bisect_right(ranks, pattern, lo=first, key=beginning)
-        return Match(size // ID_BYTES, first, last)
+        return Match(size // ID_BYTES, first, last) if first < last else None
 
     def continuations(self, match: Match, *, at_most: int = 256) -> list[tuple[int, Match]]:
         """The tokens that follow a match, each with the match that it extends to.
@@ -92,14 +87,33 @@ class SuffixIndex:
         ]
 
 
+def longest_end(
+    text: Text, find: Callable[[Text], F | None], *, at_least: int, at_most: int
+) -> F | None:
+    """What `find` finds for the longest end of an encoded text for which it finds something.
+
+    If it finds something for an end, it has to for all shorter ones.
+    """
+    low, high, best = at_least, min(at_most, len(text) // ID_BYTES), None
+    while low <= high:
+        length = (low + high + 1) // 2
+        found = find(text[-length * ID_BYTES :])
+        if found is None:
+            high = length - 1
+        else:
+            best, low = found, length + 1
+    return best
+
+
 def encode(token_ids: Sequence[int]) -> bytes:
     """Ids as bytes that compare as the ids do."""
     return np.asarray(token_ids, dtype=">u4").tobytes()
 
 
-def decode(text: bytes | bytearray) -> list[int]:
-    """What `encode` was given."""
-    ids: list[int] = np.frombuffer(text, dtype=">u4").tolist()
+def decode(text: bytes | bytearray, start: int = 0, stop: int | None = None) -> list[int]:
+    """The ids that `encode` was given, or those from `start` to `stop`."""
+    until = None if stop is None else stop * ID_BYTES
+    ids: list[int] = np.frombuffer(text[start * ID_BYTES : until], dtype=">u4").tolist()
     return ids
 
 

@@ -51,6 +51,16 @@ def check_keys(name: str, x_KSD: Tensor, q_HTD: Tensor) -> None:
     check_strides(name, x_KSD)
 
 
+def check_scale(scale: float) -> None:
+    """Refuse factors with which the largest product is not the largest score.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale={scale} is not supported; supported are scales above 0")
+
+
 def check_like(name: str, x: Tensor, q_HTD: Tensor) -> None:
     """Refuse another dtype or device than the queries'.
 

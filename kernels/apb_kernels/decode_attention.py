@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apb_kernels.arguments import check_device, check_keys, check_queries
+from apb_kernels.arguments import check_device, check_keys, check_queries, check_scale
 from apb_kernels.inner import attend_keys, keys_of
 from apb_kernels.merge import merge
-from apb_kernels.segment_attention import Partial, padded_head_dim, scratch
+from apb_kernels.segment_attention import LOG2_E, Partial, padded_head_dim, scratch
 from apb_kernels.tiles import TileConfig, tile_config
 
 MAX_ROWS = 64
@@ -87,7 +87,7 @@ def decode_attention(
             q_HTD, k_KSD, v_KSD, length, tail_k, tail_v, visible, packed_NTHE,
             *q_HTD.stride()[:2], *k_KSD.stride()[:2], *v_KSD.stride()[:2],
             *tail_k.stride()[:2], *tail_v.stride()[:2], *packed_NTHE.stride()[:3],
-            num_rows, tail_k.shape[1] if tail else 0, num_splits, scale * _LOG2_E,
+            num_rows, tail_k.shape[1] if tail else 0, num_splits, scale * LOG2_E,
             G=group_size, D=head_dim,
             BLOCK_M=tile_rows, BLOCK_N=config.keys, BLOCK_D=padded_head_dim(head_dim),
             BLOCK_TAIL=max(16, triton.next_power_of_2(tail_k.shape[1])) if tail else 16,
@@ -96,9 +96,6 @@ def decode_attention(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return merge(packed_NTHE, dtype=q_HTD.dtype)
-
-
-_LOG2_E = 1.4426950408889634
 
 
 def _num_splits(programs_per_split: int, capacity: int, device: torch.device) -> int:
@@ -207,8 +204,7 @@ def _check(
     num_rows = q_HTD.shape[1]
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"q_HTD has {num_rows} rows; supported are 1 to {MAX_ROWS}")
-    if not scale > 0:
-        raise ValueError(f"scale={scale} is not supported; supported are scales above 0")
+    check_scale(scale)
     check_keys("k_KSD", k_KSD, q_HTD)
     check_keys("v_KSD", v_KSD, q_HTD)
     if v_KSD.shape != k_KSD.shape:

@@ -6,6 +6,7 @@ kernels M packed rows of a tile, N keys of a step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime._allocation import _allocator
 
-from apb_kernels.arguments import check_device, check_keys, check_queries
+from apb_kernels.arguments import check_device, check_keys, check_queries, check_scale
 from apb_kernels.inner import attend_keys, keys_of
 from apb_kernels.segments import (
     SEGMENT_FIELDS,
@@ -32,6 +33,8 @@ from apb_kernels.segments import (
 from apb_kernels.tiles import TileConfig, tile_config
 
 _MAX_PACKED_ROWS = 2**31 - 1
+LOG2_E = math.log2(math.e)
+"""Kernels work in powers of 2: a factor on scores, beside `scale`."""
 
 
 class Partial(NamedTuple):
@@ -94,7 +97,7 @@ def segment_attention(
             *q_HTD.stride()[:2],
             *carry.out_THD.stride()[:2],
             *carry.lse_TH.stride(),
-            scale * _LOG2_E,
+            scale * LOG2_E,
             G=group_size,
             D=head_dim,
             BLOCK_M=config.rows,
@@ -109,9 +112,6 @@ def segment_attention(
             num_stages=config.stages,
         )
     return carry
-
-
-_LOG2_E = 1.4426950408889634
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -230,8 +230,7 @@ def _check(
     q_HTD: Tensor, segments: Sequence[KeySegment], scale: float, carry: Partial | None
 ) -> None:
     check_queries("q_HTD", q_HTD)
-    if not scale > 0:
-        raise ValueError(f"scale={scale} is not supported; supported are scales above 0")
+    check_scale(scale)
     if q_HTD.shape[0] * q_HTD.shape[1] > _MAX_PACKED_ROWS:
         raise ValueError(
             f"q_HTD has {q_HTD.shape[1]} rows of {q_HTD.shape[0]} heads; supported are "
