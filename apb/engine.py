@@ -19,7 +19,7 @@ from apb.methods.base import Attend, AttentionMethod, PrefillContext
 from apb.methods.decode import OWNER, ShardedDecode
 from apb.methods.handoff import HandOff
 from apb.methods.placement import Placement
-from apb.methods.plan import PrefillPlan
+from apb.methods.plan import PrefillPlan, RankRows
 from apb.prompts.base import PromptTokens
 from apb.speculate.tree import DraftTree
 
@@ -66,8 +66,10 @@ class Engine:
         placement: Placement = Placement.sharded,
         method: AttentionMethod | None = None,
         auditor: Auditor | None = None,
-    ) -> None:
+    ) -> RankRows:
         """Fill the cache with the context. The query only steers the anchor here.
+
+        Returns what this rank has run.
 
         Args:
             prompt: the context and the query that steers the compression (may be empty).
@@ -104,6 +106,7 @@ class Engine:
             cached = hand_off.positions() if self._gathered else rows.positions[rows.local]
             self._cache.commit(self._positions(cached))
             self._decode = ShardedDecode(self._cache, self.decode_comm, self._backend)
+        return rows
 
     def _new_cache(self, plan: PrefillPlan, room: int) -> KVCacheShard | None:
         """Room for what this rank will hold; None where that is nothing."""

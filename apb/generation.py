@@ -214,6 +214,8 @@ class _Writer:
         root = DraftTree.of_root(0)  # stands for the question's last token
         outcome = self._judge(root, accept(root, logits_1V, self._sampler))._replace(path=())
         if self._speculator is not None and outcome.verdict is Verdict.CONTINUE:
+            stop = engine.next_position
+            self._speculator.read(range(stop - hidden_TM.shape[0], stop))
             self._speculator.first(outcome.token_ids[-1])
         return self._with_draft(outcome)
 
@@ -224,8 +226,9 @@ class _Writer:
         walk = accept(tree, logits_NV, self._sampler)
         outcome = self._judge(tree, walk)
         if self._speculator is not None and outcome.verdict is not Verdict.NOT_FINITE:
-            verified = Verified(tree, outcome.token_ids, hidden_NM, logits_NV)
-            self._speculator.observe(verified, path=walk.path, started=started)
+            states_NE = self._speculator.states()
+            verified = Verified(tree, walk.path, outcome.token_ids, logits_NV, states_NE)
+            self._speculator.observe(verified, started=started)
         return self._with_draft(outcome)
 
     def _judge(self, tree: DraftTree, walk: Walk) -> Outcome:

@@ -21,10 +21,11 @@ from apb.errors import InputError
 from apb.generation import Step, generate, logprobs
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
+from apb.hf.target import HfTarget
 from apb.hf.tokenizer import stop_ids
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement
-from apb.methods.plan import PrefillPlan
+from apb.methods.plan import PrefillPlan, RankRows
 from apb.output import LayerFinding, RequestOutput
 from apb.planning import Planner
 from apb.progress import Progress
@@ -48,6 +49,8 @@ class _Ready(NamedTuple):
     """How long the checks took; loading is not among them."""
     findings: list[LayerFinding]
     """Of the audit, once the prefill has run."""
+    rows: RankRows | None = None
+    """What this rank has run, then."""
 
 
 class RequestRunner:
@@ -126,7 +129,9 @@ class RequestRunner:
                 on_layer=self._progress.advance,
             )
             if self.is_owner:
-                self._speculator = Speculator(self._config.drafter)
+                self._speculator = Speculator(
+                    self._config.drafter, HfTarget(model, self._reader.tokenizer, self._eos_ids)
+                )
         return self._engine
 
     def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:
@@ -161,11 +166,14 @@ class RequestRunner:
         )
         meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
         if self._speculator is not None:
-            self._speculator.begin([*request.prompt.context_ids, *request.prompt.query_ids])
+            prompt_ids = [*request.prompt.context_ids, *request.prompt.query_ids]
+            self._speculator.begin(prompt_ids, request.sampling)
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
             with meter.timeline.phase("prefill"):
                 ready = self._read(request, ready)
+            if self._speculator is not None and ready.rows is not None:
+                self._speculator.read(ready.rows.positions, ready.rows.local)
             self._progress.begin("answering, tokens", request.sampling.max_tokens)
             output = yield from self._answer(request, ready, meter, is_cancelled)
         finally:
@@ -179,20 +187,21 @@ class RequestRunner:
             ready.engine.prefill, request.prompt, room=request.room, placement=ready.placement
         )
         auditor = self._planner.auditor(ready.plan)
-        prefill(ready.plan, auditor=auditor)
+        rows = prefill(ready.plan, auditor=auditor)
         findings = [] if auditor is None else auditor.findings()
         limit = self._config.audit.max_error
         worst = max(findings, key=lambda finding: finding.output_error, default=None)
         if worst is None or limit is None or worst.output_error <= limit:
-            return ready._replace(findings=findings)
+            return ready._replace(findings=findings, rows=rows)
         method, plan = self._planner.exact(request.prompt)
         self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
-        prefill(plan, method=method)
+        rows = prefill(plan, method=method)
         note = (
             f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
             f"above audit.max_error={limit}, so the document was read again with {plan.method}"
         )
-        return ready._replace(findings=findings, plan=replace(plan, notes=(*plan.notes, note)))
+        plan = replace(plan, notes=(*plan.notes, note))
+        return ready._replace(findings=findings, plan=plan, rows=rows)
 
     def _answer(
         self,

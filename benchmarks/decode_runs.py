@@ -17,7 +17,9 @@ from apb.config import compose_config
 from apb.cost import NOMINAL_CPU, CostModel
 from apb.engine import Engine
 from apb.generation import generate
-from apb.hf.model import DTYPES, CausalLM
+from apb.hf.model import DTYPES, CausalLM, load_config
+from apb.hf.target import HfTarget
+from apb.hf.tokenizer import load_tokenizer, stop_ids
 from apb.methods.full import FullConfig
 from apb.methods.plan import PlanRequest
 from apb.metrics import Timeline
@@ -53,6 +55,9 @@ class ApbLab:
     def __init__(self, overrides: Sequence[str], *, dtype: str, max_tokens: int) -> None:
         config = compose_config(overrides)
         self.model = CausalLM.load(config.model, dtype=DTYPES[dtype], device=torch.device("cpu"))
+        tokenizer = load_tokenizer(config.model)
+        stops = stop_ids(config.model, load_config(config.model), tokenizer)
+        self._target = HfTarget(self.model, tokenizer, stops)
         self._params = SamplingParams(max_tokens=max_tokens)
         self._overrides = list(overrides)
         self._engine = Engine(
@@ -76,8 +81,8 @@ class ApbLab:
     def answer(self, task: Task, drafter: str) -> Run:
         """Decode greedily, then forget the answer."""
         config = compose_config([*self._overrides, f"drafter={drafter}"]).drafter
-        speculator = Speculator(config)
-        speculator.begin([*task.context_ids, *task.query_ids])
+        speculator = Speculator(config, self._target)
+        speculator.begin([*task.context_ids, *task.query_ids], self._params)
         timeline = Timeline(self.model.device)
         token_ids = [
             step.token_id

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from apb.hf.byte_tokenizer import byte_tokenizer
 from apb.hf.model import CausalLM, load_config
+from apb.hf.target import HfTarget
 from apb.model_config import ModelConfig
 
 VOCAB = 260
@@ -49,6 +51,12 @@ def apb_model(name: str) -> CausalLM:
     model = CausalLM.load(model_config(name), dtype=torch.float32, device=torch.device("cpu"))
     _randomise_vectors(model._model)
     return model
+
+
+@cache
+def draft_target(name: str) -> HfTarget:
+    """The model as drafters see it."""
+    return HfTarget(apb_model(name), byte_tokenizer(), frozenset({257}))
 
 
 @cache

@@ -109,6 +109,11 @@ class CausalLM:
         return cls(model, device, chunk_len=chunk_len)
 
     @property
+    def hf(self) -> Any:
+        """The Hugging Face model."""
+        return self._model
+
+    @property
     def device(self) -> torch.device:
         return self._device
 

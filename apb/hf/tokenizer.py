@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from apb.errors import InputError
@@ -51,3 +54,9 @@ def stop_ids(
     for value in named:
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
     return frozenset(ids)
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for two tokenizers that give the same ids to the same tokens."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return hashlib.sha256(vocabulary.encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.recycling import RecyclingConfig, RecyclingDrafter
 from apb.speculate.suffix import SuffixConfig, SuffixDrafter
 from apb.speculate.tree import TreeBuilder
@@ -22,9 +22,9 @@ class HybridDrafter(Drafter):
     def __init__(self, suffix: SuffixDrafter, recycling: RecyclingDrafter) -> None:
         self._drafters: tuple[Drafter, ...] = (suffix, recycling)
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
+    def begin(self, request: DraftRequest) -> None:
         for drafter in self._drafters:
-            drafter.begin(prompt_ids)
+            drafter.begin(request)
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         for drafter in self._drafters:
@@ -54,5 +54,7 @@ class HybridConfig(DrafterConfig):
     def _recycling(self) -> RecyclingConfig:
         return RecyclingConfig(width=self.width)
 
-    def build_drafter(self) -> HybridDrafter:
-        return HybridDrafter(self._suffix().build_drafter(), self._recycling().build_drafter())
+    def build_drafter(self, target: DraftTarget) -> HybridDrafter:
+        return HybridDrafter(
+            self._suffix().build_drafter(target), self._recycling().build_drafter(target)
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from apb.errors import InputError
-from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.suffix_index import ID_BYTES, Text, decode, encode, longest_end
 from apb.speculate.tree import TreeBuilder
 
@@ -44,8 +44,8 @@ class LookupDrafter(Drafter):
         self._min_match, self._max_match, self._length = min_match, max_match, length
         self._text = bytearray()  # a million tokens are not to be copied for each new one
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        self._text = bytearray(encode(prompt_ids))
+    def begin(self, request: DraftRequest) -> None:
+        self._text = bytearray(encode(request.prompt_ids))
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         self._text += encode(new_ids)
@@ -81,5 +81,5 @@ class LookupConfig(DrafterConfig):
         if self.length < 1:
             raise InputError(f"drafter.length={self.length} must be at least 1")
 
-    def build_drafter(self) -> LookupDrafter:
+    def build_drafter(self, target: DraftTarget) -> LookupDrafter:
         return LookupDrafter(min_match=self.min_match, max_match=self.max_match, length=self.length)

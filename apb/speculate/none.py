@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apb.speculate.base import DrafterConfig
+from apb.speculate.base import DrafterConfig, DraftTarget
 
 
 @dataclass(kw_only=True, slots=True)
@@ -13,5 +13,5 @@ class NoDrafterConfig(DrafterConfig):
 
     max_nodes: int = 1
 
-    def build_drafter(self) -> None:
+    def build_drafter(self, target: DraftTarget) -> None:
         return None

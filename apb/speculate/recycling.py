@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from apb.errors import InputError
-from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.tree import Follower, TreeBuilder
 
 _BEST, _DECAY = 0.6, 0.35
@@ -29,9 +29,9 @@ class RecyclingDrafter(Drafter):
         self._followers: dict[int, list[int]] = {}
         self._last = 0
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
+    def begin(self, request: DraftRequest) -> None:
         self._followers = {}
-        for follower, token_id in pairwise(reversed(prompt_ids)):  # the latest count most
+        for follower, token_id in pairwise(reversed(request.prompt_ids)):  # the latest count most
             known = self._followers.setdefault(token_id, [])
             if len(known) < self._width and follower not in known:
                 known.append(follower)
@@ -68,5 +68,5 @@ class RecyclingConfig(DrafterConfig):
         if self.width < 1:
             raise InputError(f"drafter.width={self.width} must be at least 1")
 
-    def build_drafter(self) -> RecyclingDrafter:
+    def build_drafter(self, target: DraftTarget) -> RecyclingDrafter:
         return RecyclingDrafter(width=self.width)

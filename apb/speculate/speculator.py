@@ -9,7 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from apb.speculate.base import Drafter, DrafterConfig, Verified
+from torch import Tensor
+
+from apb.sampling import SamplingParams
+from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.control import FixedController, LengthController, StepReport, build_controller
 from apb.speculate.tree import DraftTree, TreeBuilder
 
@@ -41,34 +44,53 @@ class Speculator:
     on without it, the same.
     """
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterConfig, target: DraftTarget) -> None:
         """Raises InputError where the drafter cannot be built."""
         self._config = config
-        self._built = config.build_drafter()
+        self._built = config.build_drafter(target)
+        self._tap = None
+        if self._built is not None and self._built.needs.anything:
+            self._tap = target.tap(self._built.needs)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drafter")
         self._drafter: Drafter | None = None
         self._ready: Future[None] | None = None
-        self._missed: list[int] = []
+        self._missed: list[Callable[[Drafter], None]] = []
         self._controller: LengthController = FixedController(1)
         self._allowed = 1
         self.stats = SpeculationStats()
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
+    def begin(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         """Start preparing for a request, beside whatever comes next."""
         self.stats, self._missed = SpeculationStats(), []
         self._drafter = self._built
         if self._drafter is not None:
             self._controller = build_controller(self._config.controller, self._config.max_nodes)
-            self._ready = self._pool.submit(self._drafter.begin, prompt_ids)
+            request = DraftRequest(prompt_ids, sampling)
+            self._ready = self._pool.submit(self._drafter.begin, request)
 
     def wait(self) -> None:
         """Return when the drafter is prepared, or has failed to."""
         if self._ready is not None:
             self._ready.exception()
 
+    def read(self, positions: Sequence[int], own: slice = slice(None)) -> None:
+        """The target has run tokens of the prompt at those positions; `own` are not copies."""
+        if self._tap is None:
+            return
+        rows, states_TE = self._tap.take()
+        inside = range(*own.indices(len(positions)))
+        kept = sorted((positions[row], i) for i, row in enumerate(rows) if row in inside)
+        if kept:
+            where, order = zip(*kept, strict=True)
+            self._tell(lambda drafter: drafter.read(where, states_TE[list(order)]))
+
     def first(self, token_id: int) -> None:
         """The token that followed the question."""
-        self._observe([token_id], None)
+        self._tell(lambda drafter: drafter.observe([token_id], None))
+
+    def states(self) -> Tensor | None:
+        """What the drafter wants to know of the target's last pass."""
+        return None if self._tap is None else self._tap.take().states_TE
 
     def propose(self, root: int, *, room: int) -> DraftTree:
         """A tree that grows from the last token, of at most `room` nodes.
@@ -89,26 +111,25 @@ class Speculator:
         self.stats.draft_s += time.perf_counter() - started
         return tree
 
-    def observe(self, verified: Verified, *, path: Sequence[int], started: float) -> None:
+    def observe(self, verified: Verified, *, started: float) -> None:
         """A step over the last proposed tree, which began at that `time.perf_counter`."""
         begin = time.perf_counter()
-        self._observe(verified.new_ids, verified)
+        self._tell(lambda drafter: drafter.observe(verified.new_ids, verified))
         now = time.perf_counter()
         self.stats.steps += 1
         self.stats.emitted += len(verified.new_ids)
         self.stats.nodes += len(verified.tree)
         self.stats.draft_s += now - begin
-        report = StepReport(self._allowed, len(verified.tree), path, now - started)
+        report = StepReport(self._allowed, len(verified.tree), verified.path, now - started)
         self._controller.update(report)
 
-    def _observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
-        if not self._is_ready:
-            self._missed += new_ids
-            return
-        if self._missed:
+    def _tell(self, news: Callable[[Drafter], None]) -> None:
+        """Now, or when the drafter is prepared: in order."""
+        self._missed.append(news)
+        if self._is_ready:
             missed, self._missed = self._missed, []
-            self._tried(lambda drafter: drafter.observe(missed, None))
-        self._tried(lambda drafter: drafter.observe(new_ids, verified))
+            for one in missed:
+                self._tried(one)
 
     @property
     def _is_ready(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from apb.errors import InputError
-from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.lookup import latest_recurrence
 from apb.speculate.suffix_index import (
     MAX_MATCH,
@@ -34,9 +34,9 @@ class SuffixDrafter(Drafter):
         self._recent: list[int] = []
         self._answer = bytearray()
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        self._index = SuffixIndex(prompt_ids)
-        self._recent = list(prompt_ids[-MAX_MATCH:])
+    def begin(self, request: DraftRequest) -> None:
+        self._index = SuffixIndex(request.prompt_ids)
+        self._recent = list(request.prompt_ids[-MAX_MATCH:])
         self._answer = bytearray()
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
@@ -87,5 +87,5 @@ class SuffixConfig(DrafterConfig):
         if not self.factor > 0:
             raise InputError(f"drafter.factor={self.factor} must be above 0")
 
-    def build_drafter(self) -> SuffixDrafter:
+    def build_drafter(self, target: DraftTarget) -> SuffixDrafter:
         return SuffixDrafter(min_match=self.min_match, factor=self.factor)

@@ -5,11 +5,24 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import count
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+
+class ProposalKind(Enum):
+    """How the children of a node were chosen, which decides what verifier is exact for them.
+
+    `onehot`: by anything but chance of this step. `iid`: drawn with replacement from a known
+    distribution. `without_replacement`: drawn from it, renormalised after each draw.
+    """
+
+    onehot = "onehot"
+    iid = "iid"
+    without_replacement = "without_replacement"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 from torch import Tensor
 
 from apb.sampling import Sampler
 from apb.speculate.tree import DraftTree
+
+
+class VerifierKind(Enum):
+    """`auto`: the exact one for what the drafter proposes."""
+
+    auto = "auto"
+    onehot = "onehot"
 
 
 class Walk(NamedTuple):

@@ -19,11 +19,11 @@ from apb.methods.placement import Placement
 from apb.metrics import Timeline
 from apb.plugins import PLUGINS
 from apb.sampling import SamplingParams
-from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.control import ControllerKind
 from apb.speculate.speculator import SpeculationStats, Speculator
 from apb.speculate.tree import TreeBuilder
-from models import random_ids
+from models import draft_target, random_ids
 from rank_pool import RankPool, same_on_all_ranks
 from ranks.cases import make_prompt
 from ranks.programs import Case, make_engine
@@ -55,7 +55,7 @@ class Prophet(Drafter):
     def __init__(self, answer: Sequence[int]) -> None:
         self._answer, self._emitted, self._rng = answer, 0, random.Random(0)
 
-    def begin(self, prompt_ids: Sequence[int]) -> None: ...
+    def begin(self, request: DraftRequest) -> None: ...
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         assert list(self._answer[self._emitted : self._emitted + len(new_ids)]) == list(new_ids)
@@ -81,7 +81,7 @@ class ProphetConfig(DrafterConfig):
     answer: tuple[int, ...] = ()
     controller: ControllerKind = ControllerKind.fixed
 
-    def build_drafter(self) -> Prophet:
+    def build_drafter(self, target: DraftTarget) -> Prophet:
         return Prophet(self.answer)
 
 
@@ -105,8 +105,8 @@ def decode(
     engine = make_engine(comm, replace(case, new_ids=case.new_ids + room))
     speculator = None
     if comm.rank == 0:
-        speculator = Speculator(config)
-        speculator.begin([*case.prompt.context_ids, *case.new_ids])
+        speculator = Speculator(config, draft_target(case.model))
+        speculator.begin([*case.prompt.context_ids, *case.new_ids], params)
         speculator.wait()
     asked = count(1)
     steps = generate(

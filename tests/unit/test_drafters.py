@@ -14,7 +14,8 @@ import torch
 
 from apb.errors import InputError
 from apb.plugins import PLUGINS
-from apb.speculate.base import Drafter, DrafterConfig, Verified
+from apb.sampling import SamplingParams
+from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.control import MeasuredController, StepReport
 from apb.speculate.hybrid import HybridConfig
 from apb.speculate.lookup import LookupConfig
@@ -22,7 +23,10 @@ from apb.speculate.recycling import RecyclingConfig
 from apb.speculate.speculator import Speculator
 from apb.speculate.suffix import SuffixConfig
 from apb.speculate.tree import DraftTree, TreeBuilder
+from models import draft_target
 
+GREEDY = SamplingParams()
+TARGET = draft_target("llama")
 PROMPT = [5, 6, 7, 8, 9, 1, 6, 7, 3, 2, 6, 7, 3]
 
 
@@ -33,9 +37,9 @@ def drafted(drafter: Drafter, last: int, max_nodes: int = 16) -> DraftTree:
 
 
 def begun(config: DrafterConfig, new_ids: Sequence[int]) -> Drafter:
-    drafter = config.build_drafter()
+    drafter = config.build_drafter(TARGET)
     assert drafter is not None
-    drafter.begin(PROMPT)
+    drafter.begin(DraftRequest(PROMPT, GREEDY))
     drafter.observe(new_ids, None)
     return drafter
 
@@ -77,7 +81,7 @@ def test_recycling_proposes_what_the_target_ranked_behind_a_token() -> None:
     logits_NV[0, [30, 31]] = torch.tensor([2.0, 1.0])
     logits_NV[1, [32, 33]] = torch.tensor([1.0, 2.0])
     tree = DraftTree((7, 30), (-1, 0), (0, 1))
-    drafter.observe([30, 7], Verified(tree, (30, 7), torch.empty(0), logits_NV))
+    drafter.observe([30, 7], Verified(tree, (0, 1), (30, 7), logits_NV))
     assert drafted(drafter, 7, max_nodes=4).tokens == (7, 30, 33, 31)
 
 
@@ -90,8 +94,8 @@ def test_hybrid_fills_up_with_recycled_tokens() -> None:
 def test_repeats_beyond_what_is_sorted_are_continued_in_one_piece() -> None:
     """Of two long repeats that differ late, each token is followed by what really followed it."""
     text = [*range(100, 190), 1, *range(100, 190), 2]
-    drafter = SuffixConfig(factor=9.0).build_drafter()
-    drafter.begin(text)
+    drafter = SuffixConfig(factor=9.0).build_drafter(TARGET)
+    drafter.begin(DraftRequest(text, GREEDY))
     drafter.observe([*range(100, 140)], None)
     tree = drafted(drafter, 139, max_nodes=64)
     assert tree.is_chain
@@ -104,8 +108,8 @@ def test_a_million_tokens_are_indexed_within_bounds(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(0, 2000, (100_000,), generator=generator).tolist()
     started = time.process_time()
-    drafter = PLUGINS["drafter"][name]().build_drafter()
-    drafter.begin(words * 10)
+    drafter = PLUGINS["drafter"][name]().build_drafter(TARGET)
+    drafter.begin(DraftRequest(words * 10, GREEDY))
     assert time.process_time() - started < 20
     drafter.observe(words[50:60], None)
     assert words[60] in drafted(drafter, words[59]).tokens[1:]
@@ -115,7 +119,7 @@ class _Failing(Drafter):
     def __init__(self, where: str) -> None:
         self._where = where
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
+    def begin(self, request: DraftRequest) -> None:
         self._fail("begin")
 
     def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
@@ -134,7 +138,7 @@ class _Failing(Drafter):
 class _FailingConfig(DrafterConfig):
     where: str = "begin"
 
-    def build_drafter(self) -> Drafter:
+    def build_drafter(self, target: DraftTarget) -> Drafter:
         return _Failing(self.where)
 
 
@@ -142,8 +146,8 @@ class _FailingConfig(DrafterConfig):
 def test_a_drafter_that_fails_is_dropped_with_a_warning(
     where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    speculator = Speculator(_FailingConfig(where=where))
-    speculator.begin(PROMPT)
+    speculator = Speculator(_FailingConfig(where=where), TARGET)
+    speculator.begin(PROMPT, GREEDY)
     with caplog.at_level(logging.WARNING):
         for token_id in range(2000):
             speculator.first(token_id)
@@ -160,7 +164,7 @@ class _Slow(Drafter):
     def __init__(self) -> None:
         self.prepared, self.seen = threading.Event(), list[int]()
 
-    def begin(self, prompt_ids: Sequence[int]) -> None:
+    def begin(self, request: DraftRequest) -> None:
         assert self.prepared.wait(60)
 
     def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
@@ -174,14 +178,14 @@ class _Slow(Drafter):
 class _SlowConfig(DrafterConfig):
     drafter: _Slow = field(default_factory=_Slow)
 
-    def build_drafter(self) -> Drafter:
+    def build_drafter(self, target: DraftTarget) -> Drafter:
         return self.drafter
 
 
 def test_decoding_does_not_wait_for_a_drafter_that_prepares() -> None:
     config = _SlowConfig()
-    speculator = Speculator(config)
-    speculator.begin(PROMPT)
+    speculator = Speculator(config, TARGET)
+    speculator.begin(PROMPT, GREEDY)
     for token_id in (4, 5):
         speculator.first(token_id)
         assert speculator.propose(token_id, room=9) == DraftTree.of_root(token_id)
