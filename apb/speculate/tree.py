@@ -92,9 +92,13 @@ class Follower(NamedTuple, Generic[S]):
 class TreeBuilder:
     """Grows a tree under a budget of nodes. What several drafters propose is kept once."""
 
-    def __init__(self, root: int, *, max_nodes: int) -> None:
-        """`max_nodes` counts the root."""
+    def __init__(self, root: int, *, max_nodes: int, min_score: float = 0.0) -> None:
+        """`max_nodes` counts the root.
+
+        Drafters that know how likely a path is leave out those below `min_score`.
+        """
         self._max_nodes = max_nodes
+        self.min_score = min_score
         self._tokens, self._parents, self._sources = [root], [-1], [0]
         self._children: dict[tuple[int, int], int] = {}
 
@@ -102,8 +106,18 @@ class TreeBuilder:
         return len(self._tokens)
 
     @property
+    def root(self) -> int:
+        """The token that the tree grows from."""
+        return self._tokens[0]
+
+    @property
+    def room(self) -> int:
+        """Nodes that may still be added."""
+        return self._max_nodes - len(self)
+
+    @property
     def is_full(self) -> bool:
-        return len(self) >= self._max_nodes
+        return self.room <= 0
 
     def add(self, parent: int, token_id: int, *, source: int) -> int | None:
         """The child of a node with that token, new or known; None where the tree is full."""
@@ -146,6 +160,8 @@ class TreeBuilder:
         consider(0, 1.0, start)
         while queue:
             score, _, parent, follower = heapq.heappop(queue)
+            if -score < self.min_score:
+                return
             node = self.add(parent, follower.token_id, source=source)
             if node is None:
                 return
