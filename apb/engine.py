@@ -133,7 +133,7 @@ class Engine:
         assert self._cache is not None, "extend before prefill"
         assert self._decode is not None
         positions_T = torch.arange(start, self.next_position, device=self.model.device)
-        self._decode.step = step
+        self._decode.begin(step)
         hidden_TM = self.model.forward(token_ids, positions_T, self._decode.attend)
         self.decode_comm.verify()
         if self.is_owner:
@@ -149,14 +149,10 @@ class Engine:
         if not self.is_owner and not self.decodes_together:
             return torch.empty((0, 0), device=self.model.device)
         assert self._decode is not None, "read_tree before prefill"
-        self._decode.step = step
-        if self.is_owner and not tree.is_chain:
-            self._decode.visible_TT = tree.visible().to(self.model.device)
+        is_tree = self.is_owner and not tree.is_chain
+        self._decode.begin(step, tree.visible().to(self.model.device) if is_tree else None)
         positions_N = self._positions([self.next_position + depth for depth in tree.depths])
-        try:
-            hidden_NM = self.model.forward(tree.tokens, positions_N, self._decode.attend)
-        finally:
-            self._decode.visible_TT = None
+        hidden_NM = self.model.forward(tree.tokens, positions_N, self._decode.attend)
         self.decode_comm.verify()
         return hidden_NM
 

@@ -1,7 +1,7 @@
 """The one attention primitive: rows attend to segments, and partial results merge exactly.
 
-Letters: T rows of this forward pass, S keys, H query heads, K key/value heads, G = H / K, D head
-dim, R ranks. The batch is always one document and carries no dimension.
+Letters: T rows of this forward pass, S keys, E the last of them, H query heads, K key/value
+heads, G = H / K, D head dim, R ranks. The batch is always one document and carries no dimension.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Segment:
     """Keys and values that the rows ``[start, stop)`` see under one rule.
 
     `causal` means that row ``start + i`` sees keys ``0..i`` (as many keys as rows); otherwise every
-    row sees every key, or those that `visible_TS` says, which is for a few rows alone: a tree's. A
-    row may see several segments; row ranges are equal or disjoint.
+    row sees every key, but of the last E keys those that `visible_TE` says, which is for a few rows
+    alone: new tokens and trees of drafts. A row may see several segments; row ranges are equal or
+    disjoint.
     """
 
     start: int
@@ -34,16 +35,29 @@ class Segment:
     k_KSD: Tensor
     v_KSD: Tensor
     causal: bool = False
-    visible_TS: Tensor | None = None
+    visible_TE: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert not self.causal or self.k_KSD.shape[1] == self.stop - self.start
-        shape = (self.stop - self.start, self.k_KSD.shape[1])
-        assert self.visible_TS is None or (self.visible_TS.shape == shape and not self.causal)
+        if self.visible_TE is not None:
+            assert not self.causal
+            assert self.visible_TE.shape[0] == self.stop - self.start
+            assert self.visible_TE.shape[1] <= self.k_KSD.shape[1]
 
     @property
     def is_empty(self) -> bool:
         return self.start == self.stop or self.k_KSD.shape[1] == 0
+
+    def without_tail(self) -> Segment:
+        """The keys before the last E, which all rows see."""
+        stop = self.k_KSD.shape[1] - (0 if self.visible_TE is None else self.visible_TE.shape[1])
+        return Segment(self.start, self.stop, self.k_KSD[:, :stop], self.v_KSD[:, :stop])
+
+    def tail(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The last E keys and values, and which of them each row sees."""
+        assert self.visible_TE is not None
+        start = self.k_KSD.shape[1] - self.visible_TE.shape[1]
+        return self.k_KSD[:, start:], self.v_KSD[:, start:], self.visible_TE
 
 
 class LayerInputs(NamedTuple):
@@ -169,12 +183,18 @@ class AttentionBackend(ABC):
         self, q_HTD: Tensor, segments: Sequence[Segment], scale: float
     ) -> AttentionPartial:
         """Attention of rows over segments that all of them see."""
-        partials = [
-            self.attend_segment(q_HTD, s.k_KSD, s.v_KSD, causal=s.causal, scale=scale)
-            if s.visible_TS is None
-            else masked_attention(q_HTD, s.k_KSD, s.v_KSD, s.visible_TS, scale)
-            for s in segments
-        ]
+        partials = []
+        for segment in segments:
+            if segment.visible_TE is not None:
+                k_KED, v_KED, visible_TE = segment.tail()
+                partials.append(masked_attention(q_HTD, k_KED, v_KED, visible_TE, scale))
+                segment = segment.without_tail()
+            if not segment.is_empty:
+                k_KSD, v_KSD = segment.k_KSD, segment.v_KSD
+                partial = self.attend_segment(
+                    q_HTD, k_KSD, v_KSD, causal=segment.causal, scale=scale
+                )
+                partials.append(partial)
         return partials[0] if len(partials) == 1 else merge_partials(partials)
 
     def merge(self, packed_RTHE: Tensor) -> AttentionPartial:

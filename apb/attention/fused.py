@@ -48,8 +48,8 @@ class FusedBackend(AttentionBackend):
         carry: AttentionPartial | None = None,
     ) -> AttentionPartial:
         if carry is None and self._is_decoding(q_HTD, segments):
-            return self._attend_shard(q_HTD, segments, scale)
-        if any(segment.visible_TS is not None for segment in segments):
+            return self._attend_shard(q_HTD, segments[0], scale)
+        if any(segment.visible_TE is not None for segment in segments):
             return super().attend(q_HTD, segments, scale=scale, carry=carry)
         known = None if carry is None else self._segments.Partial(*carry)
         found = self._segments.segment_attention(q_HTD, segments, scale=scale, carry=known)
@@ -79,36 +79,29 @@ class FusedBackend(AttentionBackend):
         )
 
     def _is_decoding(self, q_HTD: Tensor, segments: Sequence[Segment]) -> bool:
-        """Whether few rows see one shard whole, and at most themselves besides."""
+        """Whether few rows see one shard whole, but for the tail that they are themselves."""
         num_rows = q_HTD.shape[1]
-        return (
-            1 <= num_rows <= self._decode.MAX_ROWS
-            and 1 <= len(segments) <= 2
-            and all((s.start, s.stop) == (0, num_rows) for s in segments)
-            and not segments[0].is_empty
-            and [_has_rule(segment) for segment in segments] in ([False], [False, True])
-        )
+        if len(segments) != 1 or not 1 <= num_rows <= self._decode.MAX_ROWS:
+            return False
+        (only,) = segments
+        whole = (only.start, only.stop) == (0, num_rows) and not only.causal
+        own = None if only.visible_TE is None else only.visible_TE.shape[1]
+        return whole and own in (None, num_rows) and not only.without_tail().is_empty
 
-    def _attend_shard(
-        self, q_HTD: Tensor, segments: Sequence[Segment], scale: float
-    ) -> AttentionPartial:
-        shard, *own = segments
+    def _attend_shard(self, q_HTD: Tensor, segment: Segment, scale: float) -> AttentionPartial:
+        shard = segment.without_tail()
         num_keys = shard.k_KSD.shape[1]
         if self._length is None or self._length[0] != num_keys:
             # Once per step, not once per layer, and without a copy that waits for the device.
             length = torch.full((1,), num_keys, dtype=torch.int32, device=q_HTD.device)
             self._length = num_keys, length
         tail = None
-        if own:
-            tail = self._decode.Tail(own[0].k_KSD, own[0].v_KSD, own[0].visible_TS)
+        if segment.visible_TE is not None:
+            tail = self._decode.Tail(*segment.tail())
         found = self._decode.decode_attention(
             q_HTD, shard.k_KSD, shard.v_KSD, self._length[1], scale=scale, tail=tail
         )
         return AttentionPartial(*found)
-
-
-def _has_rule(segment: Segment) -> bool:
-    return segment.causal or segment.visible_TS is not None
 
 
 @dataclass(kw_only=True, slots=True)

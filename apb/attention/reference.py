@@ -57,12 +57,12 @@ def _visible(segment: Segment, num_rows: int) -> Tensor:
     row_T1 = torch.arange(num_rows)[:, None]
     key_1S = torch.arange(segment.k_KSD.shape[1])[None, :]
     in_range_T1 = (row_T1 >= segment.start) & (row_T1 < segment.stop)
-    if segment.visible_TS is not None:
-        visible_TS = torch.zeros(num_rows, key_1S.shape[1], dtype=torch.bool)
-        visible_TS[segment.start : segment.stop] = segment.visible_TS
-        return visible_TS
     rule_TS = key_1S <= row_T1 - segment.start if segment.causal else key_1S >= 0
-    return in_range_T1 & rule_TS
+    visible_TS = in_range_T1 & rule_TS
+    if segment.visible_TE is not None:
+        start = key_1S.shape[1] - segment.visible_TE.shape[1]
+        visible_TS[segment.start : segment.stop, start:] = segment.visible_TE
+    return visible_TS
 
 
 @dataclass(kw_only=True, slots=True)

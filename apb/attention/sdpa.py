@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from apb.attention.base import AttentionBackend, AttentionPartial, AttentionTarget, BackendConfig
+from apb.attention.base import (
+    AttentionBackend,
+    AttentionPartial,
+    AttentionTarget,
+    BackendConfig,
+    Segment,
+)
 
+_MOST_MASKED = 1 << 24
+"""Scores of few rows that are masked in one piece: 64 MiB of fp32."""
 _FEW_ROWS = 32
 """Below this the heads of a group are stacked as rows, which costs a copy of the queries."""
 
@@ -22,6 +31,25 @@ class SdpaBackend(AttentionBackend):
 
     name: ClassVar[str] = "sdpa"
 
+    def __init__(self) -> None:
+        self._mask: _RowMask | None = None
+
+    def _attend_group(
+        self, q_HTD: Tensor, segments: Sequence[Segment], scale: float
+    ) -> AttentionPartial:
+        """Decoding on the CPU is one call: of little work, so that every operation counts."""
+        visible_TE = segments[0].visible_TE if len(segments) == 1 else None
+        if visible_TE is None or q_HTD.device.type != "cpu":
+            return super()._attend_group(q_HTD, segments, scale)
+        k_KSD, v_KSD = segments[0].k_KSD, segments[0].v_KSD
+        shape = (q_HTD.shape[0], *k_KSD.shape[:2])
+        if shape[0] // shape[1] * visible_TE.shape[0] * shape[2] > _MOST_MASKED:
+            return super()._attend_group(q_HTD, segments, scale)
+        if not self._mask or self._mask.visible_TE is not visible_TE or self._mask.shape != shape:
+            # Once per pass, not once per layer.
+            self._mask = _RowMask.of(visible_TE, shape, q_HTD.dtype)
+        return _cpu_rows(q_HTD, k_KSD, v_KSD, self._mask.bias_RS, scale)
+
     def attend_segment(
         self, q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
     ) -> AttentionPartial:
@@ -31,6 +59,41 @@ class SdpaBackend(AttentionBackend):
         if has_flash and q_HTD.dtype in (torch.float16, torch.bfloat16):
             return _cuda_flash(q_HTD, k_KSD, v_KSD, causal=causal, scale=scale)
         return _cuda_efficient(q_HTD, k_KSD, v_KSD, causal=causal, scale=scale)
+
+
+class _RowMask(NamedTuple):
+    """What is added to scores so that rows see their part of the last keys."""
+
+    visible_TE: Tensor
+    shape: tuple[int, int, int]
+    """Query heads, key heads, keys."""
+    bias_RS: Tensor
+    """For the rows of all heads of a group, one head after the other."""
+
+    @classmethod
+    def of(cls, visible_TE: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> _RowMask:
+        num_heads, num_kv_heads, num_keys = shape
+        num_rows, num_last = visible_TE.shape
+        bias_GTS = torch.zeros(num_heads // num_kv_heads, num_rows, num_keys, dtype=dtype)
+        bias_GTS[..., num_keys - num_last :].masked_fill_(~visible_TE, float("-inf"))
+        return cls(visible_TE, shape, bias_GTS.flatten(0, 1))
+
+
+def _cpu_rows(
+    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, bias_RS: Tensor, scale: float
+) -> AttentionPartial:
+    """Few rows: the heads of a group are just more rows over the same keys."""
+    q_KGTD = q_HTD.unflatten(0, (k_KSD.shape[0], -1))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_KGTD.flatten(1, 2)[None],
+        k_KSD[None],
+        v_KSD[None],
+        0.0,
+        False,
+        attn_mask=bias_RS[None, None],
+        scale=scale,
+    )
+    return _ungrouped(out.reshape(q_KGTD.shape), lse.reshape(q_KGTD.shape[:3]))
 
 
 def _cpu_flash(

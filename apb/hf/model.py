@@ -20,6 +20,7 @@ from apb.hf.checkpoint import Checkpoint, check_supported
 from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
 from apb.hf.linear import MIN_ROWS, WideLinears, has_fast_bf16
+from apb.hf.packed import pack_linears
 from apb.hf.shape import model_shape
 from apb.methods.base import Attend
 from apb.model_config import CHUNK_LEN, ModelConfig
@@ -60,6 +61,7 @@ class CausalLM:
         self._model: Any = model.eval().requires_grad_(False)
         self._model.to(device)
         run_in_chunks(self._model, chunk_len)
+        pack_linears(self._model)
         self._device = device
         self._wide = not has_fast_bf16(device)
 

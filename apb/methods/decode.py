@@ -9,6 +9,8 @@ from apb.attention.base import AttentionBackend, LayerInputs, Segment
 from apb.cache import KVCacheShard
 from apb.comm import Communicator, Kind, Tag
 
+FEW_ROWS = 64
+"""Up to so many new rows attend to all keys in one piece, under a mask over the new ones."""
 OWNER = 0
 """The rank that holds query and generated KV, drafts, verifies and emits."""
 
@@ -22,9 +24,12 @@ class ShardedDecode:
 
     def __init__(self, cache: KVCacheShard, comm: Communicator, backend: AttentionBackend) -> None:
         self._cache, self._comm, self._backend = cache, comm, backend
-        self.step = 0
-        self.visible_TT: Tensor | None = None
-        """Which of the new rows see which; None is causal. Of use on the owner."""
+        self._step = 0
+        self._visible_TT: Tensor | None = None
+
+    def begin(self, step: int, visible_TT: Tensor | None = None) -> None:
+        """A new pass; which of its rows see which, None for causal, is the owner's to know."""
+        self._step, self._visible_TT = step, visible_TT
 
     @property
     def is_owner(self) -> bool:
@@ -36,7 +41,7 @@ class ShardedDecode:
         if self._comm.world_size == 1:
             return partial.out_THD
         packed_THE = torch.cat([partial.out_THD.float(), partial.lse_TH[..., None]], dim=-1)
-        tag = Tag(self.step, layer.layer_idx, Kind.PARTIAL)
+        tag = Tag(self._step, layer.layer_idx, Kind.PARTIAL)
         gathered_RTHE = self._comm.all_gather(packed_THE, tag).wait()
         return self._backend.merge(gathered_RTHE).out_THD
 
@@ -45,16 +50,19 @@ class ShardedDecode:
         if not self.is_owner:
             return [Segment(0, num_rows, *self._cache.view(layer.layer_idx))]
         self._cache.write(layer.layer_idx, layer.k_KTD, layer.v_KTD)
-        if num_rows == 1:  # a single new row sees itself: one segment and no merge
-            return [Segment(0, 1, *self._cache.view(layer.layer_idx, pending=1))]
-        return [
-            Segment(0, num_rows, *self._cache.view(layer.layer_idx)),
-            Segment(
-                0,
-                num_rows,
-                layer.k_KTD,
-                layer.v_KTD,
-                causal=self.visible_TT is None,
-                visible_TS=self.visible_TT,
-            ),
-        ]
+        if num_rows > FEW_ROWS:
+            return [
+                Segment(0, num_rows, *self._cache.view(layer.layer_idx)),
+                Segment(0, num_rows, layer.k_KTD, layer.v_KTD, causal=True),
+            ]
+        both = self._cache.view(layer.layer_idx, pending=num_rows)
+        return [Segment(0, num_rows, *both, visible_TE=self._visible(num_rows, both[0].device))]
+
+    def _visible(self, num_rows: int, device: torch.device) -> Tensor | None:
+        """The rule among few new rows; a single one sees itself."""
+        if self._visible_TT is None and num_rows > 1:
+            # Kept for all layers, so that backends can keep what they make of it.
+            self._visible_TT = torch.ones(
+                num_rows, num_rows, dtype=torch.bool, device=device
+            ).tril()
+        return self._visible_TT

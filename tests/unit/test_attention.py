@@ -192,15 +192,17 @@ def test_rows_of_a_tree_see_what_their_mask_says(name: str, upstream: int) -> No
     """As one dense computation under the mask, with a shard that all rows see or without."""
     visible_TT = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).bool()
     q_HTD = draw_rows(4, 16, 2)
-    (own,) = draw_segments([(0, 4, 4)], 16)
-    segments = [replace(own, visible_TS=visible_TT)]
-    if upstream:
-        segments.insert(0, draw_segments([(0, 4, upstream)], 16)[0])
-    k_KSD = torch.cat([segment.k_KSD for segment in segments], dim=1)
-    v_KSD = torch.cat([segment.v_KSD for segment in segments], dim=1)
+    (shard,) = draw_segments([(0, 4, upstream + 4)], 16)
+    segment = replace(shard, visible_TE=visible_TT)
     visible_TS = torch.cat([torch.ones(4, upstream, dtype=torch.bool), visible_TT], dim=1)
-    expected = masked_attention(q_HTD, k_KSD, v_KSD, visible_TS, 0.25)
-    assert_close(BACKENDS[name].attend(q_HTD, segments, scale=0.25), expected)
+    expected = masked_attention(q_HTD, segment.k_KSD, segment.v_KSD, visible_TS, 0.25)
+    assert_close(BACKENDS[name].attend(q_HTD, [segment], scale=0.25), expected)
+    # Another tree over as many keys: nothing that was kept of the first may be used for it.
+    chain_TT = torch.ones(4, 4, dtype=torch.bool).tril()
+    visible_TS = torch.cat([torch.ones(4, upstream, dtype=torch.bool), chain_TT], dim=1)
+    expected = masked_attention(q_HTD, segment.k_KSD, segment.v_KSD, visible_TS, 0.25)
+    segment = replace(shard, visible_TE=chain_TT)
+    assert_close(BACKENDS[name].attend(q_HTD, [segment], scale=0.25), expected)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

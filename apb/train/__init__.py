@@ -1,0 +1,1 @@
+"""Training of what apb ships beside a model: drafting heads."""

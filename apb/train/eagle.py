@@ -1,0 +1,196 @@
+"""Distilling an EAGLE-2 head from a target's states.
+
+Letters: B lessons, T places of each, M hidden size, C tokens that are scored.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from apb.errors import InputError
+from apb.speculate.eagle_head import EagleHead
+from apb.train.features import FeatureFolder
+from apb.train.unroll import drafted_states, step_loss
+
+_STATE = "training.pt"
+_BATCH_HELD_OUT = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a head is trained.
+
+    Attributes:
+        steps: of the optimiser, which is AdamW with a warm-up and a cosine decay.
+        batch: lessons of a step.
+        unroll: steps of drafting that a text is trained on.
+        decay: weight of each further step of drafting.
+        state_weight: of the distance of states beside the cross-entropy.
+        held_out: lessons that are kept for the figures.
+    """
+
+    steps: int = 1000
+    batch: int = 4
+    learning_rate: float = 1e-3
+    warm_up: int = 50
+    unroll: int = 3
+    decay: float = 0.8
+    state_weight: float = 1.0
+    held_out: int = 32
+    save_every: int = 50
+    seed: int = 0
+
+
+class Teacher(NamedTuple):
+    """What a head learns from."""
+
+    embedding_VM: Tensor
+    rows_CM: Tensor
+    """Of the LM head, those that the head is to score."""
+    ids_C: Tensor
+    """Their target ids."""
+
+
+class HeldOut(NamedTuple):
+    """How well a head does on lessons it has not seen."""
+
+    agreement: tuple[float, ...]
+    """Share of drafts, step by step, whose likeliest token is the target's, given the true text
+    before the draft.
+    """
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a step that a chain of as many drafts would yield, the target's own included."""
+        length, accepted = 1.0, 1.0
+        for share in self.agreement:
+            accepted *= share
+            length += accepted
+        return length
+
+
+class EagleTrainer:
+    """Trains a head on features; goes on where an interrupted run of the same recipe stopped."""
+
+    def __init__(
+        self, head: EagleHead, teacher: Teacher, features: FeatureFolder, recipe: Recipe, work: Path
+    ) -> None:
+        """Raises InputError where `work` holds the state of another recipe."""
+        if len(features) <= recipe.held_out:
+            raise InputError(
+                f"lessons={len(features)} leave none beside held_out={recipe.held_out}"
+            )
+        self.head, self._teacher, self._features = head, teacher, features
+        self._recipe, self._path = recipe, work / _STATE
+        self._optimizer = torch.optim.AdamW(
+            head.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
+        self._step, self.seconds = 0, 0.0
+        if self._path.exists():
+            self._resume()
+
+    def train(self) -> None:
+        """All steps that are left."""
+        recipe, started = self._recipe, time.perf_counter() - self.seconds
+        bar = tqdm(total=recipe.steps, initial=self._step, desc="training", disable=None)
+        for batch in self._batches():
+            loss, shown = self._loss(*self._features.read(batch))
+            self._optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+            self._optimizer.step()
+            self._scheduler.step()
+            self._step += 1
+            self.seconds = time.perf_counter() - started
+            bar.set_postfix_str(shown)
+            bar.update()
+            if self._step % recipe.save_every == 0 or self._step == recipe.steps:
+                self._save()
+        bar.close()
+
+    def _loss(self, tokens_BL: Tensor, states_BLM: Tensor) -> tuple[Tensor, str]:
+        recipe = self._recipe
+        embeds_BTM = self._teacher.embedding_VM[tokens_BL[:, 1:]]
+        wanted_BTM = states_BLM[:, 1:]
+        total = embeds_BTM.new_zeros(())
+        parts = []
+        drafts = drafted_states(self.head, embeds_BTM, states_BLM[:, :-1], recipe.unroll)
+        for depth, drafted_BTM in enumerate(drafts):
+            loss = step_loss(drafted_BTM, wanted_BTM, self._teacher.rows_CM, depth)
+            weight = recipe.decay**depth
+            total = total + weight * (loss.tokens + recipe.state_weight * loss.states)
+            parts.append(f"{loss.tokens.item():.2f}+{loss.states.item():.2f}")
+        return total, " ".join(parts)
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Lessons of the steps that are left; each epoch in an order of its own."""
+        recipe, count = self._recipe, len(self._features) - self._recipe.held_out
+        first = self._step * recipe.batch
+        for start in range(first, recipe.steps * recipe.batch, recipe.batch):
+            places = range(start, start + recipe.batch)
+            yield [recipe.held_out + self._order(place // count)[place % count] for place in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self._recipe.seed + epoch)
+        count = len(self._features) - self._recipe.held_out
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
+        return order
+
+    def _rate(self, step: int) -> float:
+        recipe = self._recipe
+        if step < recipe.warm_up:
+            return (step + 1) / recipe.warm_up
+        done = (step - recipe.warm_up) / max(1, recipe.steps - recipe.warm_up)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    @torch.inference_mode()
+    def held_out(self, head_VM: Tensor, depth: int) -> HeldOut:
+        """Agreement with the target's likeliest tokens, over its whole vocabulary `head_VM`."""
+        hits, counts = [0] * depth, [0] * depth
+        for start in range(0, self._recipe.held_out, _BATCH_HELD_OUT):
+            stop = min(start + _BATCH_HELD_OUT, self._recipe.held_out)
+            tokens_BL, states_BLM = self._features.read(range(start, stop))
+            wanted_BT = torch.stack([(x @ head_VM.T).argmax(-1) for x in states_BLM[:, 1:]])
+            embeds_BTM = self._teacher.embedding_VM[tokens_BL[:, 1:]]
+            drafts = drafted_states(self.head, embeds_BTM, states_BLM[:, :-1], depth)
+            for step, drafted_BTM in enumerate(drafts):
+                best_BT = (drafted_BTM[:, step:] @ self._teacher.rows_CM.T).argmax(-1)
+                hit_BT = self._teacher.ids_C[best_BT] == wanted_BT[:, step:]
+                hits[step] += int(hit_BT.sum())
+                counts[step] += hit_BT.numel()
+        return HeldOut(tuple(hit / count for hit, count in zip(hits, counts, strict=True)))
+
+    def _save(self) -> None:
+        state = {
+            "recipe": asdict(self._recipe),
+            "step": self._step,
+            "seconds": self.seconds,
+            "head": self.head.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        scratch = self._path.with_suffix(".tmp")
+        torch.save(state, scratch)
+        os.replace(scratch, self._path)
+
+    def _resume(self) -> None:
+        state = torch.load(self._path, weights_only=True)
+        if state["recipe"] != asdict(self._recipe):
+            raise InputError(
+                f"{self._path} was left by a run with other settings: go on with those, or choose "
+                "another work="
+            )
+        self.head.load_state_dict(state["head"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._step, self.seconds = state["step"], state["seconds"]
+        self._scheduler.last_epoch = self._step

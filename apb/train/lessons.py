@@ -1,0 +1,61 @@
+"""What a drafting head learns from: texts as they are, and as answers to requests about them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from apb.corpus import CorpusFile
+from apb.prompts.template import build_prompt
+
+_CHARS_PER_TOKEN = 6
+"""More than prose has, so that a passage fills its lesson."""
+_CONTINUE = ("Continue the text above.", "What comes next?", "Write on in the same style.")
+_QUOTE = (
+    "Quote the text above word for word.",
+    "Repeat the text above.",
+    "Copy the part of the text above that answers the question.",
+)
+
+
+def make_lessons(
+    files: Sequence[CorpusFile],
+    tokenizer: Any,
+    template: Mapping[str, str],
+    *,
+    length: int,
+    seed: int,
+) -> Iterator[list[int]]:
+    """Sequences of `length` token ids, the same for the same files and seed.
+
+    A third each are prose as it stands, prose as the continuation that a user has asked for, and a
+    passage that is quoted back. Lists of ids in records, the target's own answers, are cut to
+    length. Whatever does not fill a lesson is left out.
+    """
+    rng = random.Random(seed)
+    order = list(files)
+    rng.shuffle(order)
+    for file in order:
+        for passage in file.passages(max_chars=_CHARS_PER_TOKEN * length):
+            ids = passage.content
+            if isinstance(ids, str):
+                plain = tokenizer(ids, add_special_tokens=False, split_special_tokens=True)
+                ids = _lesson(plain["input_ids"], tokenizer, template, length, rng)
+            if len(ids) >= length:
+                yield ids[:length]
+
+
+def _lesson(
+    ids: list[int], tokenizer: Any, template: Mapping[str, str], length: int, rng: random.Random
+) -> list[int]:
+    kind = rng.randrange(3)
+    if kind == 0 or len(ids) < length // 2:
+        return ids
+    share = length // 2 if kind == 1 else length * 2 // 5
+    document = ids[:share]
+    prompt = build_prompt(
+        tokenizer, document, rng.choice(_CONTINUE if kind == 1 else _QUOTE), **template
+    )
+    answer = ids[share:] if kind == 1 else document[rng.randrange(share // 4) :]
+    return [*prompt.context_ids, *prompt.query_ids, *answer]
