@@ -97,8 +97,10 @@ def generate(
     """Read the query and decode; `Engine.prefill` has run with room for both.
 
     The tokens are those of plain decoding, whatever is drafted: each is chosen from the target's
-    own logits at its place, with the same draws where they are sampled. In 16-bit dtypes rounding
-    depends on the number of rows in a pass, so that near ties may fall the other way.
+    own logits at its place, with the same draws where they are sampled. Where drafts are drawn and
+    the verifier weighs what they were drawn from, sampled tokens are other ones of the same
+    distribution. In 16-bit dtypes rounding depends on the number of rows in a pass, so that near
+    ties may fall the other way.
 
     Args:
         engine: on every rank.
@@ -180,7 +182,9 @@ def _told(engine: Engine, max_nodes: int, outcome: Outcome | None) -> Outcome:
         return outcome
     packed = [0] * _packed_size(max_nodes) if outcome is None else outcome.packed(max_nodes)
     tag = Tag(engine.step, 0, Kind.CONTROL)
-    return Outcome.unpacked(engine.decode_comm.broadcast_ints(packed, tag, src=OWNER))
+    told = engine.decode_comm.broadcast_ints(packed, tag, src=OWNER)
+    # The owner keeps its own: only there does the tree say what it was drawn from.
+    return Outcome.unpacked(told) if outcome is None else outcome
 
 
 def _emitted(outcome: Outcome, position: int) -> Iterator[Step]:
@@ -206,6 +210,7 @@ class _Writer:
         is_cancelled: Callable[[], bool],
     ) -> None:
         self._sampler, self._speculator = Sampler(params), speculator
+        self._walk = accept if speculator is None else speculator.verifier.walk
         self._left = params.max_tokens
         self._is_last, self._is_cancelled = is_last, is_cancelled
 
@@ -223,7 +228,7 @@ class _Writer:
         self, engine: Engine, tree: DraftTree, hidden_NM: Tensor, started: float
     ) -> Outcome:
         logits_NV = engine.model.logits(hidden_NM)
-        walk = accept(tree, logits_NV, self._sampler)
+        walk = self._walk(tree, logits_NV, self._sampler)
         outcome = self._judge(tree, walk)
         if self._speculator is not None and outcome.verdict is not Verdict.NOT_FINITE:
             states_NE = self._speculator.states()

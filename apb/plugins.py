@@ -24,10 +24,13 @@ from apb.methods.star import StarConfig
 from apb.methods.ulysses import UlyssesConfig
 from apb.methods.zigzag import ZigzagConfig
 from apb.prompts.source import FileConfig, NeedleConfig, TextConfig
+from apb.speculate.eagle import EagleConfig
+from apb.speculate.frspec import FrSpecConfig
 from apb.speculate.hybrid import HybridConfig
 from apb.speculate.lookup import LookupConfig
 from apb.speculate.none import NoDrafterConfig
 from apb.speculate.recycling import RecyclingConfig
+from apb.speculate.stand import StandConfig
 from apb.speculate.suffix import SuffixConfig
 
 PLUGINS: Mapping[str, Mapping[str, type]] = {
@@ -58,6 +61,9 @@ PLUGINS: Mapping[str, Mapping[str, type]] = {
         "suffix": SuffixConfig,
         "lookup": LookupConfig,
         "recycling": RecyclingConfig,
+        "stand": StandConfig,
+        "eagle": EagleConfig,
+        "frspec": FrSpecConfig,
         "none": NoDrafterConfig,
     },
     "prompt": {"needle": NeedleConfig, "file": FileConfig, "text": TextConfig},

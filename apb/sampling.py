@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -59,18 +60,47 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self._params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        self._generator = new_generator(params.seed)
 
     def __call__(self, logits_V: Tensor) -> int:
         """The next token. Ties in greedy mode go to the lowest id."""
-        if self._params.temperature == 0.0:
+        if self.is_greedy:
             return int(logits_V.argmax())
-        probs_V = filtered_probs(logits_V.float().cpu(), self._params)
+        return self.draw(self.probs(logits_V))
+
+    @property
+    def is_greedy(self) -> bool:
+        return self._params.temperature == 0.0
+
+    def probs(self, logits_V: Tensor) -> Tensor:
+        """The distribution that the next token is drawn from; a greedy sampler has none."""
+        return filtered_probs(logits_V.float().cpu(), self._params)
+
+    def draw(self, probs_V: Tensor) -> int:
+        """A token of that distribution."""
         return int(probs_V.multinomial(1, generator=self._generator))
+
+    def bernoulli(self, chance: float) -> bool:
+        """True with that probability; always where it is above 1."""
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64)) < chance
+
+
+def new_generator(seed: int | None, *, stream: str = "") -> torch.Generator:
+    """Random numbers of a seed, fresh ones without.
+
+    Streams of one seed have nothing to do with each other: what is drafted must not be drawn with
+    the numbers that test it.
+    """
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    elif not stream:
+        generator.manual_seed(seed)
+    else:
+        # Hashed, because torch's generator looks only at the lower 32 bits of a seed.
+        digest = blake2b(f"{stream} {seed}".encode(), digest_size=8).digest()
+        generator.manual_seed(int.from_bytes(digest))
+    return generator
 
 
 def filtered_probs(logits_V: Tensor, params: SamplingParams) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from apb.hf.draft_model import HfDraftModel, load_draft_model
 from apb.hf.model import CausalLM
 from apb.hf.tokenizer import vocabulary_hash
 from apb.speculate.base import MAX_NODES, Needs, Rotary, Tapped
@@ -58,6 +59,17 @@ class HfTarget:
 
     def tap(self, needs: Needs) -> HookTap:
         return HookTap(self._model.hf, needs)
+
+    def load_draft_model(self, name: str, *, sinks: int, window: int, spare: int) -> HfDraftModel:
+        return load_draft_model(
+            name,
+            dtype=self.dtype,
+            device=self.device,
+            tokenizer_hash=self.tokenizer_hash,
+            sinks=sinks,
+            window=window,
+            spare=spare,
+        )
 
 
 class HookTap:

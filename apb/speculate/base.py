@@ -1,7 +1,7 @@
 """What a drafter is: it sees the prompt and every verified step, and proposes trees.
 
 Letters: N nodes of a tree, E width of the target's states that a drafter reads, M hidden size,
-V vocabulary.
+V vocabulary; of a draft model: T rows of this pass, P rows read since the last `keep`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,33 @@ class Rotary(NamedTuple):
     """Factor on sine and cosine."""
 
 
+class DraftModel(Protocol):
+    """A language model that drafts, with the KV of the first tokens it was given and the last."""
+
+    @property
+    def head_VM(self) -> Tensor:
+        """The LM head, not a copy."""
+
+    @property
+    def room(self) -> int:
+        """Rows that may still be read before `keep` has to follow."""
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+    def read(
+        self, token_ids: Sequence[int], positions: Sequence[int], visible_TP: Tensor | None = None
+    ) -> Tensor:
+        """Final states ``[T, M]`` of tokens that see all that is kept.
+
+        Of the rows read since the last `keep`, their own among them, they see those that
+        `visible_TP` says; None is causal.
+        """
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of the rows read since the last time, keep these, in order of position."""
+
+
 class DraftTarget(Protocol):
     """What drafters may know of the target model."""
 
@@ -106,6 +133,15 @@ class DraftTarget(Protocol):
 
     def tap(self, needs: Needs) -> StateTap:
         """Keep those states of every forward pass from now on."""
+
+    def load_draft_model(self, name: str, *, sinks: int, window: int, spare: int) -> DraftModel:
+        """A model with the target's tokenizer, which keeps the first `sinks` tokens and `window`.
+
+        `spare` is its room where these are full.
+
+        Raises:
+            InputError: not found, not supported, or of another tokenizer.
+        """
 
 
 class DraftRequest(NamedTuple):

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from apb.sampling import SamplingParams
 from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
-from apb.speculate.control import FixedController, LengthController, StepReport, build_controller
+from apb.speculate.control import (
+    ControllerKind,
+    FixedController,
+    LengthController,
+    StepReport,
+    build_controller,
+)
 from apb.speculate.tree import DraftTree, TreeBuilder
+from apb.speculate.verify import build_verifier
 
 T = TypeVar("T")
 
@@ -45,9 +52,11 @@ class Speculator:
     """
 
     def __init__(self, config: DrafterConfig, target: DraftTarget) -> None:
-        """Raises InputError where the drafter cannot be built."""
+        """Raises InputError where the drafter cannot be built, or its verifier is not exact."""
         self._config = config
         self._built = config.build_drafter(target)
+        proposed = frozenset() if self._built is None else self._built.proposes
+        self.verifier = build_verifier(config.verifier, proposed)
         self._tap = None
         if self._built is not None and self._built.needs.anything:
             self._tap = target.tap(self._built.needs)
@@ -57,14 +66,19 @@ class Speculator:
         self._missed: list[Callable[[Drafter], None]] = []
         self._controller: LengthController = FixedController(1)
         self._allowed = 1
+        self._repeatable = False
         self.stats = SpeculationStats()
 
     def begin(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
         """Start preparing for a request, beside whatever comes next."""
         self.stats, self._missed = SpeculationStats(), []
         self._drafter = self._built
+        # Then the sampled tokens depend on the trees, and a seed promises the same tokens again.
+        sampled = sampling.seed is not None and sampling.temperature > 0.0
+        self._repeatable = sampled and not self.verifier.follows_plain
         if self._drafter is not None:
-            self._controller = build_controller(self._config.controller, self._config.max_nodes)
+            kind = ControllerKind.fixed if self._repeatable else self._config.controller
+            self._controller = build_controller(kind, self._config.max_nodes)
             request = DraftRequest(prompt_ids, sampling)
             self._ready = self._pool.submit(self._drafter.begin, request)
 
@@ -86,6 +100,8 @@ class Speculator:
 
     def first(self, token_id: int) -> None:
         """The token that followed the question."""
+        if self._repeatable:
+            self.wait()
         self._tell(lambda drafter: drafter.observe([token_id], None))
 
     def states(self) -> Tensor | None:
@@ -95,17 +111,22 @@ class Speculator:
     def propose(self, root: int, *, room: int) -> DraftTree:
         """A tree that grows from the last token, of at most `room` nodes.
 
-        It is the root alone while the drafter still prepares.
+        It is the root alone while the drafter still prepares. Where a seed has to give the same
+        tokens again and the verifier's choice depends on the tree, nothing here depends on time:
+        the drafter is waited for, and trees are always as large as they may be.
         """
         started = time.perf_counter()
         tree = DraftTree.of_root(root)
         self._allowed = max(1, min(room, self._controller.max_nodes()))
+        self._catch_up()
         if self._allowed > 1 and self._is_ready:
 
             def grow(drafter: Drafter) -> DraftTree:
                 builder = TreeBuilder(root, max_nodes=self._allowed)
                 drafter.extend_tree(builder, source=1)
-                return builder.build()
+                drafted = builder.build()
+                self.verifier.check(drafted)
+                return drafted
 
             tree = self._tried(grow) or tree
         self.stats.draft_s += time.perf_counter() - started
@@ -126,6 +147,9 @@ class Speculator:
     def _tell(self, news: Callable[[Drafter], None]) -> None:
         """Now, or when the drafter is prepared: in order."""
         self._missed.append(news)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
         if self._is_ready:
             missed, self._missed = self._missed, []
             for one in missed:

@@ -1,10 +1,13 @@
-"""Trees of drafted tokens, and what attention needs to know of them."""
+"""Trees of drafted tokens, and what attention and verification need to know of them.
+
+Letters: N nodes, C tokens that a child is drawn from, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
 from typing import Generic, NamedTuple, TypeVar
@@ -25,6 +28,41 @@ class ProposalKind(Enum):
     without_replacement = "without_replacement"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """What the children of one node were drawn from, and what was drawn.
+
+    Attributes:
+        kind: how they were drawn.
+        probs_C: the very distribution of a draw, fp32, after temperature and whatever was cut off.
+        drawn: target ids in the order in which they were drawn, repeated ones included.
+        token_ids_C: which target ids the probabilities belong to; None is the whole vocabulary.
+    """
+
+    kind: ProposalKind
+    probs_C: Tensor
+    drawn: tuple[int, ...]
+    token_ids_C: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.kind is not ProposalKind.onehot, "children by no chance have no distribution"
+        assert abs(float(self.probs_C.sum()) - 1.0) < 1e-3, "probabilities that do not sum to 1"
+        distinct = self.kind is ProposalKind.without_replacement
+        assert not distinct or len(set(self.drawn)) == len(self.drawn), "drawn twice"
+
+    def dense(self, vocab_size: int) -> Tensor:
+        """The distribution over the whole vocabulary, in fp64 on the CPU, normalised."""
+        probs_C = self.probs_C.detach().to("cpu", torch.float64)
+        if self.token_ids_C is None:
+            return probs_C / probs_C.sum()
+        probs_V = probs_C.new_zeros(vocab_size)
+        return probs_V.index_add_(0, self.token_ids_C.cpu(), probs_C / probs_C.sum())
+
+    def first(self, count: int) -> Proposal:
+        """As if only so many had been drawn."""
+        return replace(self, drawn=self.drawn[:count])
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """Drafted tokens in topological order. Node 0, the root, is the last token of the answer so
@@ -34,16 +72,22 @@ class DraftTree:
         tokens: target ids.
         parents: of each node, an earlier one; -1 for the root.
         sources: which drafter each node comes from; 0 for the root.
+        proposals: by node, what its children were drawn from; a node that is missing has children
+            chosen without chance, or none. Only the owner knows them.
     """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     sources: tuple[int, ...]
+    proposals: Mapping[int, Proposal] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.parents) == len(self.sources) > 0
         assert self.parents[0] == -1
         assert all(0 <= parent < node for node, parent in enumerate(self.parents) if node)
+        for node, proposal in self.proposals.items():
+            drawn = {self.tokens[child] for child in self.children(node)}
+            assert drawn == set(proposal.drawn), "a node has drawn children or others, never both"
 
     @classmethod
     def of_root(cls, token_id: int) -> DraftTree:
@@ -101,6 +145,7 @@ class TreeBuilder:
         self.min_score = min_score
         self._tokens, self._parents, self._sources = [root], [-1], [0]
         self._children: dict[tuple[int, int], int] = {}
+        self._proposals: dict[int, Proposal] = {}
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -120,12 +165,40 @@ class TreeBuilder:
         return self.room <= 0
 
     def add(self, parent: int, token_id: int, *, source: int) -> int | None:
-        """The child of a node with that token, new or known; None where the tree is full."""
+        """The child of a node with that token, new or known.
+
+        None where the tree is full, or where the node has drawn children: the test that those have
+        to pass is exact only as long as nobody adds to them.
+        """
         known = self._children.get((parent, token_id))
         if known is not None:
             return known
-        if self.is_full:
+        if self.is_full or parent in self._proposals:
             return None
+        return self._append(parent, token_id, source)
+
+    def add_drawn(self, parent: int, proposal: Proposal, *, source: int) -> list[int]:
+        """The children of a node that were drawn, in order, each token once.
+
+        How many are drawn must be decided before the first of them is; `room` tells how many there
+        is room for. Draws beyond that are dropped, whatever they hold, which is exact. A node that
+        had children already gets none, unless these are the same draws and more: then it gets the
+        further ones.
+        """
+        known = self._proposals.get(parent)
+        if known is None and parent in self._parents:
+            return []
+        num_known = 0 if known is None else len(known.drawn)
+        kept = proposal.first(num_known + self.room)
+        assert known is None or known.drawn == kept.drawn[:num_known], "drawn once more"
+        for token_id in kept.drawn[num_known:]:
+            if (parent, token_id) not in self._children:
+                self._append(parent, token_id, source)
+        if kept.drawn:
+            self._proposals[parent] = kept
+        return [self._children[parent, token_id] for token_id in dict.fromkeys(kept.drawn)]
+
+    def _append(self, parent: int, token_id: int, source: int) -> int:
         node = self._children[parent, token_id] = len(self)
         self._tokens.append(token_id)
         self._parents.append(parent)
@@ -163,9 +236,11 @@ class TreeBuilder:
             if -score < self.min_score:
                 return
             node = self.add(parent, follower.token_id, source=source)
-            if node is None:
+            if node is not None:
+                consider(node, -score, follower.state)
+            elif self.is_full:
                 return
-            consider(node, -score, follower.state)
 
     def build(self) -> DraftTree:
-        return DraftTree(tuple(self._tokens), tuple(self._parents), tuple(self._sources))
+        tokens, parents, sources = map(tuple, (self._tokens, self._parents, self._sources))
+        return DraftTree(tokens, parents, sources, dict(self._proposals))

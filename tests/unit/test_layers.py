@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     {"errors"},
     {"paths", "layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
-    | {"log", "output", "progress", "model_config"},
+    | {"log", "output", "progress", "model_config", "corpus"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
@@ -31,7 +31,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate"},
+    {"run", "fetch", "plan", "calibrate", "frequency"},
 ]
 
 # A library may be imported only by these files and folders.

@@ -1,0 +1,290 @@
+"""The networks of EAGLE heads, which predict tokens from states of the target.
+
+Letters: T rows of a pass, M hidden size of the head, E width of the target's states that it reads,
+W width of what attention reads, H query heads, K key/value heads, D head dim, F = D / 2.
+Batch dimensions may stand before any T.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apb.speculate.base import Rotary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """Sizes of a head and which of its optional parts there are.
+
+    Attributes:
+        state_sizes: widths of the target's states that it reads side by side; one for EAGLE-1/2.
+        num_layers: decoder layers; published heads have one.
+        fc_bias, qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+        qk_norm: queries and keys are normed per head (Qwen3).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    state_sizes: tuple[int, ...]
+    num_layers: int = 1
+    norm_eps: float = 1e-6
+    fc_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+class Rotation(NamedTuple):
+    """Rotary embedding at the positions of a pass."""
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+
+    @classmethod
+    def at(cls, positions_T: Tensor, rotary: Rotary, dtype: torch.dtype) -> Rotation:
+        angles_TF = positions_T[..., None] * rotary.inv_freq_F.to(positions_T.device)
+        angles_TD = torch.cat((angles_TF, angles_TF), dim=-1)
+        cos_TD, sin_TD = angles_TD.cos() * rotary.scaling, angles_TD.sin() * rotary.scaling
+        return cls(cos_TD.to(dtype), sin_TD.to(dtype))
+
+    def __call__(self, x_HTD: Tensor) -> Tensor:
+        first_HTF, second_HTF = x_HTD.chunk(2, dim=-1)
+        turned_HTD = torch.cat((-second_HTF, first_HTF), dim=-1)
+        return x_HTD * self.cos_TD.unsqueeze(-3) + turned_HTD * self.sin_TD.unsqueeze(-3)
+
+
+class Attend(Protocol):
+    """Which rows see which: a plain causal mask in training, a cache and a tree in drafting."""
+
+    def __call__(self, layer_idx: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor) -> Tensor:
+        """Attention of a layer's new rows, ``[H, T, D]``; keys are rotated."""
+
+
+class HeadOutput(NamedTuple):
+    """What a head says of the token behind each of its rows."""
+
+    for_logits_TM: Tensor
+    """Input of the LM head."""
+    states_TM: Tensor
+    """Stand for the target's state of that token where it is not known."""
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped key/value heads."""
+
+    def __init__(self, shape: HeadShape, width: int) -> None:
+        super().__init__()
+        self._head_dim = shape.head_dim
+        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(width, q_size, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(width, kv_size, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(width, kv_size, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
+        self.q_norm = _norm(shape, shape.head_dim) if shape.qk_norm else nn.Identity()
+        self.k_norm = _norm(shape, shape.head_dim) if shape.qk_norm else nn.Identity()
+
+    def forward(self, x_TW: Tensor, rotate: Rotation, attend: Attend, layer_idx: int) -> Tensor:
+        q_HTD = rotate(self.q_norm(self._split(self.q_proj(x_TW))))
+        k_KTD = rotate(self.k_norm(self._split(self.k_proj(x_TW))))
+        out_HTD = attend(layer_idx, q_HTD, k_KTD, self._split(self.v_proj(x_TW)))
+        out_TM: Tensor = self.o_proj(out_HTD.transpose(-3, -2).flatten(-2))
+        return out_TM
+
+    def _split(self, x_TQ: Tensor) -> Tensor:
+        x_HTD: Tensor = x_TQ.unflatten(-1, (-1, self._head_dim)).transpose(-3, -2)
+        return x_HTD
+
+
+class Mlp(nn.Module):
+    """The gated feed-forward network of Llama."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        hidden, inner, bias = shape.hidden_size, shape.intermediate_size, shape.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x_TM: Tensor) -> Tensor:
+        out_TM: Tensor = self.down_proj(F.silu(self.gate_proj(x_TM)) * self.up_proj(x_TM))
+        return out_TM
+
+
+class DecoderLayer(nn.Module):
+    """A Llama-type layer whose attention may read something wider than the residual stream."""
+
+    def __init__(self, shape: HeadShape, layer_idx: int, *, width: int) -> None:
+        super().__init__()
+        self._layer_idx = layer_idx
+        self.self_attn = Attention(shape, width)
+        self.mlp = Mlp(shape)
+        self.post_attention_layernorm = _norm(shape)
+
+    def run(self, x_TW: Tensor, residual_TM: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
+        x_TM = residual_TM + self.self_attn(x_TW, rotate, attend, self._layer_idx)
+        out_TM: Tensor = x_TM + self.mlp(self.post_attention_layernorm(x_TM))
+        return out_TM
+
+
+class PlainLayer(DecoderLayer):
+    """One after the first."""
+
+    def __init__(self, shape: HeadShape, layer_idx: int) -> None:
+        super().__init__(shape, layer_idx, width=shape.hidden_size)
+        self.input_layernorm = _norm(shape)
+
+    def forward(self, x_TM: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
+        return self.run(self.input_layernorm(x_TM), x_TM, rotate, attend)
+
+
+class EagleHead(nn.Module, ABC):
+    """Reads pairs of a token and the target's state of the token before it.
+
+    Names of its parameters are those of the published EAGLE weights, `midlayer` being `layers.0`.
+    """
+
+    def __init__(self, shape: HeadShape, rotary: Rotary) -> None:
+        super().__init__()
+        self.shape = shape
+        # No buffer, which a change of the head's dtype would round.
+        self.rotary = rotary
+
+    @abstractmethod
+    def combined(self, states_TE: Tensor) -> Tensor:
+        """The target's states ``[T, E]`` as `forward` takes them, ``[T, M]``."""
+
+    @abstractmethod
+    def forward(
+        self, embeds_TM: Tensor, states_TM: Tensor, positions_T: Tensor, attend: Attend
+    ) -> HeadOutput:
+        """One pass over new rows.
+
+        Args:
+            embeds_TM: input embeddings of the tokens.
+            states_TM: of the tokens before them: the target's, `combined`, or where the target has
+                not read them the head's own of an earlier pass.
+            positions_T: of the tokens before them. Attention knows only distances, so any other
+                origin would do.
+            attend: caches and masks.
+        """
+
+    def _rotation(self, positions_T: Tensor, like: Tensor) -> Rotation:
+        return Rotation.at(positions_T, self.rotary, like.dtype)
+
+
+class Eagle2Head(EagleHead):
+    """EAGLE-1 and EAGLE-2 (Li et al. 2024, https://arxiv.org/abs/2401.15077 and
+    https://arxiv.org/abs/2406.16858): the network extrapolates the target's states after its final
+    norm, so that what it returns goes to the LM head and back to its own input as it is.
+    """
+
+    def __init__(self, shape: HeadShape, rotary: Rotary) -> None:
+        super().__init__(shape, rotary)
+        hidden = shape.hidden_size
+        self.fc = nn.Linear(2 * hidden, hidden, bias=shape.fc_bias)
+        first = DecoderLayer(shape, 0, width=hidden)
+        later = (PlainLayer(shape, layer_idx) for layer_idx in range(1, shape.num_layers))
+        self.layers = nn.ModuleList([first, *later])
+
+    def combined(self, states_TE: Tensor) -> Tensor:
+        return states_TE
+
+    def forward(
+        self, embeds_TM: Tensor, states_TM: Tensor, positions_T: Tensor, attend: Attend
+    ) -> HeadOutput:
+        x_TM = self.fc(torch.cat((embeds_TM, states_TM), dim=-1))
+        rotate = self._rotation(positions_T, x_TM)
+        first, *later = self.layers
+        assert isinstance(first, DecoderLayer)
+        x_TM = first.run(x_TM, x_TM, rotate, attend)  # without a norm before attention
+        for layer in later:
+            x_TM = layer(x_TM, rotate, attend)
+        return HeadOutput(x_TM, x_TM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eagle3Norms:
+    """Where an EAGLE-3 head norms, which differs among those who train them.
+
+    Attributes:
+        each_state: the target's states one by one before `fc` (EAGLE-3.1).
+        all_states: the target's states side by side before `fc`.
+        residual: the residual stream starts from the normed state.
+        output: the state that is fed back is the one after the final norm (EAGLE-3.1).
+    """
+
+    each_state: bool = False
+    all_states: bool = False
+    residual: bool = False
+    output: bool = False
+
+
+class FirstEagle3Layer(DecoderLayer):
+    """Attention reads embedding and state side by side, each normed."""
+
+    def __init__(self, shape: HeadShape, *, normed_residual: bool) -> None:
+        super().__init__(shape, 0, width=2 * shape.hidden_size)
+        self._normed_residual = normed_residual
+        self.input_layernorm, self.hidden_norm = _norm(shape), _norm(shape)
+
+    def forward(
+        self, embeds_TM: Tensor, states_TM: Tensor, rotate: Rotation, attend: Attend
+    ) -> Tensor:
+        normed_TM = self.hidden_norm(states_TM)
+        x_TW = torch.cat((self.input_layernorm(embeds_TM), normed_TM), dim=-1)
+        return self.run(x_TW, normed_TM if self._normed_residual else states_TM, rotate, attend)
+
+
+class Eagle3Head(EagleHead):
+    """EAGLE-3 (Li et al. 2025, https://arxiv.org/abs/2503.01840): reads states that enter some
+    layers of the target, mixed by `fc`; its own states need not resemble them.
+    """
+
+    def __init__(self, shape: HeadShape, rotary: Rotary, norms: Eagle3Norms) -> None:
+        super().__init__(shape, rotary)
+        self.norms = norms
+        state_size = sum(shape.state_sizes)
+        if norms.each_state:
+            self.fc_norm = nn.ModuleList(_norm(shape, size) for size in shape.state_sizes)
+        if norms.all_states:
+            self.input_norm = _norm(shape, state_size)
+        self.fc = nn.Linear(state_size, shape.hidden_size, bias=shape.fc_bias)
+        first = FirstEagle3Layer(shape, normed_residual=norms.residual)
+        later = (PlainLayer(shape, layer_idx) for layer_idx in range(1, shape.num_layers))
+        self.layers = nn.ModuleList([first, *later])
+        self.norm = _norm(shape)
+
+    def combined(self, states_TE: Tensor) -> Tensor:
+        if self.norms.each_state:
+            parts = states_TE.split(self.shape.state_sizes, dim=-1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            states_TE = torch.cat(normed, dim=-1)
+        if self.norms.all_states:
+            states_TE = self.input_norm(states_TE)
+        states_TM: Tensor = self.fc(states_TE)
+        return states_TM
+
+    def forward(
+        self, embeds_TM: Tensor, states_TM: Tensor, positions_T: Tensor, attend: Attend
+    ) -> HeadOutput:
+        rotate = self._rotation(positions_T, states_TM)
+        first, *later = self.layers
+        x_TM = first(embeds_TM, states_TM, rotate, attend)
+        for layer in later:
+            x_TM = layer(x_TM, rotate, attend)
+        normed_TM = self.norm(x_TM)
+        return HeadOutput(normed_TM, normed_TM if self.norms.output else x_TM)
+
+
+def _norm(shape: HeadShape, size: int | None = None) -> nn.RMSNorm:
+    return nn.RMSNorm(shape.hidden_size if size is None else size, eps=shape.norm_eps)

@@ -1,0 +1,86 @@
+"""What an EAGLE draft looks at: likely tokens level by level, the best of which make up a tree.
+
+Letters: T rows of a pass, M hidden size, C tokens that are scored, W nodes of a level, N drafted
+rows, X nodes that were looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apb.speculate.tree import TreeBuilder
+
+
+class LmHead(NamedTuple):
+    """Rows of an LM head and the target's ids that they stand for; None where they are equal."""
+
+    weight_CM: Tensor
+    ids_C: Tensor | None = None
+
+    def best(self, x_TM: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and ids of each row's likeliest tokens, both ``[T, count]``."""
+        logits_TC = F.linear(x_TM, self.weight_CM).float()
+        best = logits_TC.topk(min(count, logits_TC.shape[1]))
+        logprobs_TW = best.values - logits_TC.logsumexp(dim=-1, keepdim=True)
+        ids_TW = best.indices if self.ids_C is None else self.ids_C[best.indices]
+        return logprobs_TW, ids_TW
+
+
+class Level(NamedTuple):
+    """Nodes of one depth whose children are looked at next, the likeliest first."""
+
+    ids_W: Tensor
+    scores_W: Tensor
+    """Log-probabilities of their paths."""
+    nodes_W: Tensor
+    """Their numbers among all that were considered."""
+    states_WM: Tensor
+    """The head's, of the tokens before them."""
+    visible_WN: Tensor
+    """Which drafted rows they see, themselves the last."""
+
+
+class Considered:
+    """All nodes that a draft has looked at, in order of depth."""
+
+    def __init__(self) -> None:
+        self._ids: list[Tensor] = []
+        self._scores: list[Tensor] = []
+        self._parents: list[Tensor] = []
+        self._size = 0
+
+    def add(self, ids_X: Tensor, scores_X: Tensor, parents_X: Tensor) -> Tensor:
+        """Their numbers; -1 is the root's."""
+        self._ids.append(ids_X)
+        self._scores.append(scores_X)
+        self._parents.append(parents_X)
+        start, self._size = self._size, self._size + len(ids_X)
+        return torch.arange(start, self._size, device=ids_X.device)
+
+    def score_of(self, rank: int) -> float:
+        """The score that so many nodes reach; minus infinity where there are fewer."""
+        if rank > self._size:
+            return -math.inf
+        return float(torch.cat(self._scores).topk(rank).values[-1])
+
+    def add_to(self, tree: TreeBuilder, floor: float, *, source: int) -> None:
+        """The likeliest until the tree is full, apart from what is below nodes closed to them.
+
+        No child is likelier than its parent, and of equals the parent is first: it was considered
+        earlier.
+        """
+        scores_X, order_X = torch.cat(self._scores).sort(descending=True, stable=True)
+        ids, parents = torch.cat(self._ids).tolist(), torch.cat(self._parents).tolist()
+        nodes: dict[int, int | None] = {-1: 0}
+        for score, number in zip(scores_X.tolist(), order_X.tolist(), strict=True):
+            if score < floor or tree.is_full:
+                return
+            parent = nodes[parents[number]]
+            nodes[number] = (
+                None if parent is None else tree.add(parent, ids[number], source=source)
+            )
