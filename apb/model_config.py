@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from apb.errors import InputError
+from apb.paths import shipped_weights
 
 CHUNK_LEN = 2048
 """Rows that row-wise modules work on at once: enough to fill a GPU, little beside a document."""
@@ -38,6 +40,7 @@ class ModelConfig:
         user_template: how document and question share the user's turn.
         architecture: random weights for this Hugging Face configuration instead of a checkpoint.
         weights_seed: seed of those random weights.
+        drafting: a folder with an EAGLE head and its frequency list; a name is one that apb ships.
         shape: the fields of `apb.cost.ModelShape`, for plans made without the checkpoint.
     """
 
@@ -48,4 +51,21 @@ class ModelConfig:
     user_template: str = "{document}\n\n{question}"
     architecture: dict[str, Any] | None = None
     weights_seed: int = 0
+    drafting: str | None = None
     shape: dict[str, int] | None = None
+
+    @property
+    def drafting_folder(self) -> Path | None:
+        """Where that is.
+
+        Raises:
+            InputError: there is no such folder.
+        """
+        if self.drafting is None:
+            return None
+        for folder in (Path(self.drafting).expanduser(), shipped_weights() / self.drafting):
+            if folder.is_dir():
+                return folder
+        raise InputError(
+            f"model.drafting={self.drafting} is neither a folder nor a name that apb ships"
+        )

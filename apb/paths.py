@@ -12,6 +12,11 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
 
 
+def shipped_weights() -> Path:
+    """The folder that holds small weights which come with apb, one folder per model."""
+    return Path(__file__).parent / "weights"
+
+
 def data_home() -> Path:
     """The folder that holds what apb keeps on a machine; it may not exist yet."""
     if home := os.environ.get("APB_HOME"):

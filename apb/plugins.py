@@ -24,11 +24,13 @@ from apb.methods.star import StarConfig
 from apb.methods.ulysses import UlyssesConfig
 from apb.methods.zigzag import ZigzagConfig
 from apb.prompts.source import FileConfig, NeedleConfig, TextConfig
+from apb.speculate.draft_model import DraftModelConfig
 from apb.speculate.eagle import EagleConfig
 from apb.speculate.frspec import FrSpecConfig
 from apb.speculate.hybrid import HybridConfig
 from apb.speculate.lookup import LookupConfig
 from apb.speculate.none import NoDrafterConfig
+from apb.speculate.ouroboros import OuroborosConfig
 from apb.speculate.recycling import RecyclingConfig
 from apb.speculate.stand import StandConfig
 from apb.speculate.suffix import SuffixConfig
@@ -64,6 +66,8 @@ PLUGINS: Mapping[str, Mapping[str, type]] = {
         "stand": StandConfig,
         "eagle": EagleConfig,
         "frspec": FrSpecConfig,
+        "model": DraftModelConfig,
+        "ouroboros": OuroborosConfig,
         "none": NoDrafterConfig,
     },
     "prompt": {"needle": NeedleConfig, "file": FileConfig, "text": TextConfig},

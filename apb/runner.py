@@ -129,9 +129,10 @@ class RequestRunner:
                 on_layer=self._progress.advance,
             )
             if self.is_owner:
-                self._speculator = Speculator(
-                    self._config.drafter, HfTarget(model, self._reader.tokenizer, self._eos_ids)
+                target = HfTarget(
+                    model, self._reader.tokenizer, self._eos_ids, self._config.model.drafting_folder
                 )
+                self._speculator = Speculator(self._config.drafter, target)
         return self._engine
 
     def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:

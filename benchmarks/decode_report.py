@@ -19,17 +19,17 @@ def render(
         "",
         *environment.lines(),
         f"* {settings['threads']} threads, one rank, method=full; {settings['max_tokens']} tokens "
-        "each; stop tokens are ignored",
+        "each at most",
         f"* prompts: {settings['samples']} of each Spec-Bench category "
         f"(`{settings['spec_bench']}`), {settings['quoting']} documents of up to "
         f"{settings['document_chars']} characters with "
         "the request to copy a part",
-        "* all drafters gave the same tokens; Hugging Face gave "
+        "* drafters gave the same tokens (but for near ties of logits); Hugging Face gave "
         f"{_agreement(runs, plain)} answers with the same tokens",
         f"* `hf-lookup`: `generate` with `prompt_lookup_num_tokens={HF_LOOKUP_TOKENS}`",
         "",
         "Tokens a second count the tokens behind the first. The speed-up is the mean over prompts "
-        "of seconds of plain decoding (`none`) over those of the variant, ± its standard error. "
+        "of tokens a second over those of plain decoding (`none`), ± its standard error. "
         "Acceptance is tokens emitted per forward pass; nodes are tokens read per pass, drafts "
         "included; times are per pass.",
     ]
@@ -40,16 +40,21 @@ def render(
 
 
 def _table(runs: Sequence[Run], plain: str) -> list[str]:
-    base_s = {run.task: run.seconds for run in runs if run.variant == plain}
+    base = {run.task: run for run in runs if run.variant == plain}
     rows = []
     for variant in dict.fromkeys(sorted(run.variant for run in runs)):
         own = [run for run in runs if run.variant == variant]
         seconds, tokens = sum(run.seconds for run in own), sum(run.tokens for run in own)
-        speed_up = Estimate.of([base_s[run.task] / run.seconds for run in own])
+        ratios = [_rate(run) / _rate(base[run.task]) for run in own if _rate(base[run.task]) > 0]
+        speed_up = Estimate.of(ratios)
         row = [f"`{variant}`", f"{tokens / seconds:.1f}", speed_up.text(2)]
         rows.append([*row, *_per_step(own)])
     header = ["drafter", "tokens/s", "speed-up", "acceptance", "nodes", "draft ms", "verify ms"]
     return table(header, rows)
+
+
+def _rate(run: Run) -> float:
+    return run.tokens / run.seconds
 
 
 def _per_step(runs: Sequence[Run]) -> list[str]:

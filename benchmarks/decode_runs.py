@@ -33,7 +33,7 @@ HF_LOOKUP_TOKENS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One answer. Seconds and tokens are those behind the first token."""
+    """One answer. Seconds and tokens are those behind the first token, or the first few."""
 
     variant: str
     category: str
@@ -43,23 +43,30 @@ class Run:
     steps: int | None = None
     nodes: int | None = None
     draft_s: float | None = None
+    with_first: int = 1
+    """Tokens that came with the first."""
 
     @property
     def tokens(self) -> int:
-        return len(self.token_ids) - 1
+        return len(self.token_ids) - self.with_first
 
 
 class ApbLab:
-    """One model; each task is read once and answered with every drafter."""
+    """One model; each task is read once and answered with every drafter.
+
+    Drafters are kept from task to task, as they are from request to request.
+    """
 
     def __init__(self, overrides: Sequence[str], *, dtype: str, max_tokens: int) -> None:
         config = compose_config(overrides)
         self.model = CausalLM.load(config.model, dtype=DTYPES[dtype], device=torch.device("cpu"))
         tokenizer = load_tokenizer(config.model)
         stops = stop_ids(config.model, load_config(config.model), tokenizer)
-        self._target = HfTarget(self.model, tokenizer, stops)
+        self._target = HfTarget(self.model, tokenizer, stops, config.model.drafting_folder)
         self._params = SamplingParams(max_tokens=max_tokens)
         self._overrides = list(overrides)
+        self._stops = stops
+        self._speculators: dict[str, Speculator] = {}
         self._engine = Engine(
             model=self.model,
             method=FullConfig().build(seed=0),
@@ -81,7 +88,9 @@ class ApbLab:
     def answer(self, task: Task, drafter: str) -> Run:
         """Decode greedily, then forget the answer."""
         config = compose_config([*self._overrides, f"drafter={drafter}"]).drafter
-        speculator = Speculator(config, self._target)
+        speculator = self._speculators.get(drafter)
+        if speculator is None:
+            speculator = self._speculators[drafter] = Speculator(config, self._target)
         speculator.begin([*task.context_ids, *task.query_ids], self._params)
         timeline = Timeline(self.model.device)
         token_ids = [
@@ -91,7 +100,7 @@ class ApbLab:
                 task.query_ids,
                 self._params,
                 timeline=timeline,
-                is_last=lambda _: False,
+                is_last=self._stops.__contains__,
                 speculator=speculator,
                 max_nodes=config.max_nodes,
             )
@@ -109,27 +118,46 @@ class ApbLab:
             draft_s=stats.draft_s,
         )
 
+    def gap(self, task: Task, token_ids: Sequence[int]) -> float:
+        """How far the two likeliest tokens behind those are apart, in logits."""
+        hidden_TM = self._engine.extend([*task.query_ids, *token_ids])
+        best = self.model.logits(hidden_TM[-1:])[0].topk(2).values
+        self._engine.rewind(len(task.query_ids) + len(token_ids))
+        return float(best[0] - best[1])
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What ends an answer."""
+        return sorted(self._stops)
+
 
 class _Watch(BaseStreamer):
-    """Notes when the first new token came."""
+    """Notes when the first new tokens came, and how many those were."""
 
     def __init__(self) -> None:
-        self._puts, self.first = 0, 0.0
+        self._puts, self.first, self.with_first = 0, 0.0, 1
 
     def put(self, value: Tensor) -> None:
         self._puts += 1
         if self._puts == 2:  # the prompt comes first
-            self.first = time.perf_counter()
+            self.first, self.with_first = time.perf_counter(), value.numel()
 
     def end(self) -> None:
         """Nothing to do."""
 
 
-def hf_answer(model: Any, task: Task, *, lookup: bool, max_tokens: int) -> Run:
+def hf_answer(
+    model: Any, task: Task, *, lookup: bool, max_tokens: int, stop_ids: Sequence[int]
+) -> Run:
     """Hugging Face `generate`, plain or with its prompt lookup."""
-    options = {"prompt_lookup_num_tokens": HF_LOOKUP_TOKENS} if lookup else {}
-    model.generation_config.eos_token_id = None  # as apb, which ignores stop tokens here
-    config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, pad_token_id=0, **options)
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": HF_LOOKUP_TOKENS} if lookup else {}
+    config = GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=list(stop_ids),
+        **options,
+    )
     prompt_ids = [*task.context_ids, *task.query_ids]
     watch = _Watch()
     with torch.inference_mode():
@@ -142,4 +170,5 @@ def hf_answer(model: Any, task: Task, *, lookup: bool, max_tokens: int) -> Run:
         task=task.name,
         seconds=time.perf_counter() - watch.first,
         token_ids=output[0, len(prompt_ids) :].tolist(),
+        with_first=watch.with_first,
     )

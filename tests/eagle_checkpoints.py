@@ -129,6 +129,13 @@ def eagle31_head(*, vocab_size: int, num_scored: int, hidden_size: int = 64) -> 
     return head.adding(**norms).configured(norm_output=True, fc_norm=True)
 
 
+def with_second_layer(head: Head) -> Head:
+    hidden_size = head.config["hidden_size"]
+    draw = _drawing(2)
+    norm = {"layers.1.input_layernorm.weight": 1 + draw(hidden_size)}
+    return head.adding(**_layer(hidden_size, hidden_size, "layers.1", draw), **norm)
+
+
 def _under_model(head: Head) -> Head:
     """As SGLang and NeMo nest all but the LM head and the id maps."""
     beside = ("lm_head.weight", "d2t", "t2d")

@@ -49,21 +49,24 @@ class Oracle:
         )
         self._config._attn_implementation = "sdpa"  # the eager one rounds to fp32
         self._rotary = LlamaRotaryEmbedding(self._config)
-        self._layer = self._built_layer()
+        count = len({name.split(".")[1] for name in self._tensors if name.startswith("layers.")})
+        self._first, *self._later = [self._built_layer(index) for index in range(count)]
 
-    def _built_layer(self) -> LlamaDecoderLayer:
+    def _built_layer(self, index: int) -> LlamaDecoderLayer:
         hidden_size = self._config.hidden_size
-        layer = LlamaDecoderLayer(self._config, 0)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            size = getattr(layer.self_attn, name).out_features
-            width = hidden_size * (2 if self._is_eagle3 else 1)
-            setattr(layer.self_attn, name, nn.Linear(width, size, bias=False))
-        layer.add_module("input_layernorm", nn.Identity())  # norms before attention stand below
+        layer = LlamaDecoderLayer(self._config, index)
         # The Hugging Face norm rounds to fp32.
-        norm = nn.RMSNorm(hidden_size, eps=self._config.rms_norm_eps)
-        layer.add_module("post_attention_layernorm", norm)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            layer.add_module(name, nn.RMSNorm(hidden_size, eps=self._config.rms_norm_eps))
+        if index == 0:
+            layer.add_module("input_layernorm", nn.Identity())  # what there is stands below
+            for name in ("q_proj", "k_proj", "v_proj"):
+                size = getattr(layer.self_attn, name).out_features
+                width = hidden_size * (2 if self._is_eagle3 else 1)
+                setattr(layer.self_attn, name, nn.Linear(width, size, bias=False))
         wanted = layer.state_dict()
-        layer.double().load_state_dict({name: self._tensors[f"layers.0.{name}"] for name in wanted})
+        weights = {name: self._tensors[f"layers.{index}.{name}"] for name in wanted}
+        layer.double().load_state_dict(weights)
         return layer
 
     def _norm(self, name: str, x_TM: Tensor) -> Tensor:
@@ -92,18 +95,18 @@ class Oracle:
         positions_1T = torch.tensor([positions])
         rotation = self._rotary(embeds_TM[None], positions_1T)
         mask = visible_TT[None, None]
-        attention, mlp = self._layer.self_attn, self._layer.mlp
-        if not self._is_eagle3:
+        read, mix = self._first, {"position_embeddings": rotation, "attention_mask": mask}
+        if self._is_eagle3:
+            embeds_TM = self._norm("layers.0.input_layernorm.weight", embeds_TM)
+            normed_TM = self._norm("layers.0.hidden_norm.weight", states_TM)
+            both = torch.cat((embeds_TM, normed_TM), dim=-1)
+            x_TM = normed_TM if self._norm_before_residual else states_TM
+            x_TM = x_TM + read.self_attn(both[None], **mix)[0][0]
+            x_TM = x_TM + read.mlp(read.post_attention_layernorm(x_TM))
+        else:
             both = torch.cat((embeds_TM, states_TM), dim=-1)
             x_TM = both @ self._tensors["fc.weight"].T + self._tensors["fc.bias"]
-            out = self._layer(x_TM[None], attention_mask=mask, position_embeddings=rotation)
-            x_TM = out[0]
-            return Rows(x_TM, x_TM)
-        embeds_TM = self._norm("layers.0.input_layernorm.weight", embeds_TM)
-        normed_TM = self._norm("layers.0.hidden_norm.weight", states_TM)
-        both = torch.cat((embeds_TM, normed_TM), dim=-1)[None]
-        residual_TM = normed_TM if self._norm_before_residual else states_TM
-        mixed, _ = attention(both, position_embeddings=rotation, attention_mask=mask)
-        x_TM = residual_TM + mixed[0]
-        x_TM = x_TM + mlp(self._layer.post_attention_layernorm(x_TM))
-        return Rows(x_TM, self._norm("norm.weight", x_TM))
+            x_TM = read(x_TM[None], **mix)[0]
+        for layer in self._later:
+            x_TM = layer(x_TM[None], **mix)[0]
+        return Rows(x_TM, self._norm("norm.weight", x_TM) if self._is_eagle3 else x_TM)

@@ -23,7 +23,7 @@ from apb.model_config import ModelConfig
 from apb.paths import config_dir
 
 
-class WindowedCache:
+class DraftCache:
     """KV of the first `sinks` tokens and of the last `window` ones (StreamingLLM,
     https://arxiv.org/abs/2309.17453), keys at their true positions.
 
@@ -89,7 +89,7 @@ class HfDraftModel:
 
     def __init__(self, model: CausalLM, *, sinks: int, window: int, spare: int) -> None:
         self._model, self._vocab_size = model, model.shape.vocab_size
-        self._cache = WindowedCache(
+        self._cache = DraftCache(
             model.cache_shape, sinks=sinks, window=window, spare=spare, device=model.device
         )
 

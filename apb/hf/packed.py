@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ def pack_linears(model: nn.Module) -> bool:
     if not _is_supported(layers) or weight_bytes > _SHARE_OF_MEMORY * _available_bytes():
         return False
     for layer in layers:
-        layer.forward = _PackedLinear(layer)  # type: ignore[method-assign]
+        layer.forward = _PackedLinear(layer)  # type: ignore[assignment]
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ class HfTarget:
     """The target model, its tokenizer and stop tokens: `apb.speculate.base.DraftTarget`."""
 
     def __init__(
-        self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: frozenset[int],
+        drafting: Path | None = None,
     ) -> None:
         self._model, self._tokenizer, self._stop_ids = model, tokenizer, stop_ids
+        self._drafting = drafting
 
     @property
     def device(self) -> torch.device:
@@ -43,6 +49,10 @@ class HfTarget:
     @property
     def stop_ids(self) -> frozenset[int]:
         return self._stop_ids
+
+    @property
+    def drafting(self) -> Path | None:
+        return self._drafting
 
     @property
     def rotary(self) -> Rotary:

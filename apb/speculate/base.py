@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -124,6 +125,10 @@ class DraftTarget(Protocol):
     @property
     def stop_ids(self) -> frozenset[int]: ...
     @property
+    def drafting(self) -> Path | None:
+        """A folder with an EAGLE head and a frequency list for this model, where there is one."""
+
+    @property
     def rotary(self) -> Rotary: ...
     def embedding(self) -> Tensor:
         """The input embedding ``[V, M]``, not a copy."""
@@ -195,7 +200,7 @@ class DrafterConfig(ABC):
     """
 
     max_nodes: int = 32
-    controller: ControllerKind = ControllerKind.measured
+    controller: ControllerKind = ControllerKind.expected
     verifier: VerifierKind = VerifierKind.auto
 
     def __post_init__(self) -> None:

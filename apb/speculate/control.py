@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+from apb.speculate.chances import Chances, best_part
+from apb.speculate.tree import DraftTree
+
 
 class ControllerKind(Enum):
-    """`fixed`: always the largest tree. `measured`: the size that yields most tokens a second."""
+    """`fixed`: always the largest tree. `confidence`: nodes that are likely enough. `measured`: the
+    size whose trees have yielded most tokens a second. `expected`: for each tree the part that
+    promises most tokens a second.
+    """
 
     fixed = "fixed"
+    confidence = "confidence"
     measured = "measured"
+    expected = "expected"
 
 
 class StepReport(NamedTuple):
@@ -24,17 +32,29 @@ class StepReport(NamedTuple):
     path: Sequence[int]
     """Accepted nodes, the root first."""
     seconds: float
-    """Of drafting, verifying and all exchanges."""
+    """Of verifying and all exchanges."""
+    draft_s: float
+    pool: DraftTree
+    """Everything that was drafted, of which the tree is a part."""
+    emitted: Sequence[int]
 
 
 class LengthController(ABC):
     """Chooses the number of nodes of the next tree, the root included."""
 
     @abstractmethod
-    def max_nodes(self) -> int: ...
+    def max_nodes(self) -> int:
+        """How many the next tree may have."""
+
+    def choose(self, pool: DraftTree, allowed: int) -> DraftTree:
+        """The part of what was drafted that is sent to the target; by default what is claimed to be
+        likeliest.
+        """
+        return best_part(pool, Chances().of(pool), allowed)
 
     @abstractmethod
-    def update(self, report: StepReport) -> None: ...
+    def update(self, report: StepReport) -> None:
+        """Learn from the step that followed."""
 
 
 class FixedController(LengthController):
@@ -48,6 +68,109 @@ class FixedController(LengthController):
 
     def update(self, report: StepReport) -> None:
         """Nothing to learn."""
+
+
+class ConfidenceController(LengthController):
+    """Leaves out nodes whose chance is below a threshold.
+
+    Stopping where a rejection is likely is the best policy of SpecDec++ (Huang et al. 2024,
+    https://arxiv.org/abs/2405.19715), and Kangaroo's rule (https://arxiv.org/abs/2404.18911).
+    """
+
+    def __init__(self, max_nodes: int, *, least: float = 0.1) -> None:
+        self._max_nodes, self._least = max_nodes, least
+        self._chances = Chances()
+
+    def max_nodes(self) -> int:
+        return self._max_nodes
+
+    def choose(self, pool: DraftTree, allowed: int) -> DraftTree:
+        chances = self._chances.of(pool)
+        likely = sum(chance >= self._least for chance in chances)
+        return best_part(pool, chances, min(likely, allowed))
+
+    def update(self, report: StepReport) -> None:
+        self._chances.learn(report.pool, report.emitted)
+
+
+class ExpectedController(LengthController):
+    """Takes nodes in order of their chances, as many as promise most tokens a second.
+
+    A step emits one token and each accepted node's, so a tree's expected yield is the sum of its
+    nodes' chances, the root's being 1. What a step of so many nodes takes is measured, exchanges
+    included, so trees are small where nodes cost most and where drafts are poor, and large within
+    a quote. One step in sixteen takes another size, so that times are known beside the best one.
+    """
+
+    _EXPLORE_EVERY = 16
+
+    def __init__(self, max_nodes: int) -> None:
+        self._max_nodes = max_nodes
+        self._chances, self._time = Chances(), StepTime(max_nodes)
+        self._count = 0
+
+    def max_nodes(self) -> int:
+        return self._max_nodes
+
+    def choose(self, pool: DraftTree, allowed: int) -> DraftTree:
+        chances = self._chances.of(pool)
+        yields, best, best_rate = 0.0, 1, 0.0
+        for size, chance in enumerate(sorted(chances, reverse=True)[:allowed], start=1):
+            yields += chance
+            rate = yields / self._time.of(size)
+            if rate > best_rate:
+                best, best_rate = size, rate
+        return best_part(pool, chances, self._or_another(best, min(allowed, len(pool))))
+
+    def _or_another(self, best: int, largest: int) -> int:
+        self._count += 1
+        turn, rest = divmod(self._count, self._EXPLORE_EVERY)
+        others = (1, min(2 * best, largest), (best + 1) // 2)
+        return best if rest else others[turn % len(others)]
+
+    def update(self, report: StepReport) -> None:
+        self._chances.learn(report.pool, report.emitted)
+        self._time.add(report.num_nodes, report.seconds)
+
+
+class StepTime:
+    """Seconds of a step over so many nodes: a line through what was measured, and around each size
+    what it has differed from that line.
+    """
+
+    _KEEP = 0.96
+    _FEW = 3.0
+    """Observations at which a size's own figures count as much as the line."""
+    _SLOPE = 0.02
+    """Of a node, relative to a step of one, before anything was measured."""
+
+    def __init__(self, max_nodes: int) -> None:
+        self._line = _Line(self._KEEP)
+        self._apart = [(0.0, 0.0)] * (max_nodes + 1)
+        self._count = 0
+
+    def of(self, size: int) -> float:
+        if not self._count:
+            return 1.0 + self._SLOPE * (size - 1)
+        total, weight = self._apart[size]
+        return self._line.at(size) * (1.0 + total / (weight + self._FEW))
+
+    def add(self, size: int, seconds: float) -> None:
+        self._count += 1
+        if self._count == 1:
+            return  # the first step warms up
+        if self._count == 2:  # so that the line has a slope from the start
+            most = len(self._apart) - 1
+            base = seconds / (1.0 + self._SLOPE * (size - 1))
+            for other in (1, most):
+                self._line.add(other, base * (1.0 + self._SLOPE * (other - 1)))
+        # A hiccup of the machine says nothing of a size.
+        seconds = min(seconds, 3.0 * self.of(size))
+        self._line.add(size, seconds)
+        for near in range(max(1, size - 1), min(size + 2, len(self._apart))):
+            total, weight = self._apart[near]
+            apart = seconds / self._line.at(size) - 1.0
+            self._apart[near] = self._KEEP * total + apart, self._KEEP * weight + 1.0
 
 
 class MeasuredController(LengthController):
@@ -96,7 +219,7 @@ class MeasuredController(LengthController):
 
     def update(self, report: StepReport) -> None:
         if self._count > 1:  # the first step of a request warms up
-            self._time.add(report.num_nodes, report.seconds)
+            self._time.add(report.num_nodes, report.seconds + report.draft_s)
         if report.num_nodes == 1 < report.allowed:
             return  # nothing to draft, which says nothing of sizes
         cut_short = report.num_nodes == report.allowed
@@ -145,8 +268,10 @@ class _Line:
 
 
 def build_controller(kind: ControllerKind, max_nodes: int) -> LengthController:
-    controllers = {
+    controllers: dict[ControllerKind, Callable[[int], LengthController]] = {
         ControllerKind.fixed: FixedController,
+        ControllerKind.confidence: ConfidenceController,
         ControllerKind.measured: MeasuredController,
+        ControllerKind.expected: ExpectedController,
     }
     return controllers[kind](max_nodes)

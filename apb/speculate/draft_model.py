@@ -7,10 +7,10 @@ size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,34 +21,14 @@ from apb.sampling import filtered_probs, new_generator
 from apb.speculate.base import (
     Drafter,
     DrafterConfig,
-    DraftModel,
     DraftRequest,
     DraftTarget,
     Verified,
 )
 from apb.speculate.draft_reader import DraftReader
-from apb.speculate.tree import Proposal, ProposalKind, TreeBuilder
+from apb.speculate.eagle_levels import LmHead
+from apb.speculate.tree import Claim, Proposal, ProposalKind, TreeBuilder
 from apb.speculate.vocabulary import DraftVocabulary
-
-
-class TrimmedHead(NamedTuple):
-    """The rows of an LM head for some tokens (VocabTrim, https://arxiv.org/abs/2506.22694)."""
-
-    weight_CM: Tensor
-    token_ids_C: Tensor
-
-    @classmethod
-    def of(cls, head_VM: Tensor, token_ids_C: Tensor) -> TrimmedHead:
-        token_ids_C = token_ids_C.to(head_VM.device)
-        return cls(head_VM[token_ids_C], token_ids_C)
-
-    @classmethod
-    def whole(cls, head_VM: Tensor) -> TrimmedHead:
-        return cls(head_VM, torch.arange(head_VM.shape[0], device=head_VM.device))
-
-    def logits(self, states_TM: Tensor) -> Tensor:
-        """``[T, C]`` in fp32."""
-        return F.linear(states_TM, self.weight_CM).float()
 
 
 @dataclass(slots=True, eq=False)
@@ -80,24 +60,18 @@ class ModelDrafter(Drafter):
 
     def __init__(
         self,
-        model: DraftModel,
+        reader: DraftReader,
+        head_for: Callable[[Sequence[int]], LmHead],
         config: DraftModelConfig,
-        *,
-        vocab_size: int,
-        vocabulary: DraftVocabulary | None,
     ) -> None:
-        self._model, self._vocabulary, self._vocab_size = model, vocabulary, vocab_size
-        self._document_ids = config.document_ids
+        """`head_for` gives the rows of the model's LM head for a prompt."""
+        self._reader, self._head_for = reader, head_for
         self._depth, self._topk = config.depth, config.topk
-        self._reader = DraftReader(model, sinks=config.sinks, window=config.window)
-        self._head = TrimmedHead.whole(model.head_VM[:vocab_size])
+        self._head: LmHead | None = None
 
     def begin(self, request: DraftRequest) -> None:
-        if self._vocabulary is not None:
-            own_ids = request.prompt_ids if self._document_ids else ()
-            known_ids = (token_id for token_id in own_ids if token_id < self._vocab_size)
-            ids_C = self._vocabulary.with_ids(known_ids).token_ids_C
-            self._head = TrimmedHead.of(self._model.head_VM, ids_C)
+        self._head = None  # two at once may not fit
+        self._head = self._head_for(request.prompt_ids)
         self._reader.begin(request.prompt_ids)
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
@@ -109,7 +83,8 @@ class ModelDrafter(Drafter):
         known = len(tree) - 1  # what others have proposed takes no room if it is proposed again
         for draft in self._best(tree.room + known, min_score=tree.min_score):
             if draft.parent.node is not None:
-                draft.node = tree.add(draft.parent.node, draft.token_id, source=source)
+                claim = Claim(math.exp(draft.score - draft.parent.score))
+                draft.node = tree.add(draft.parent.node, draft.token_id, source=source, claim=claim)
 
     def _best(self, budget: int, *, min_score: float) -> list[_Draft]:
         """At most `budget` drafts, best first and so parents first."""
@@ -130,11 +105,10 @@ class ModelDrafter(Drafter):
         return best
 
     def _followers(self, places: Sequence[_Place], states_TM: Tensor) -> Iterator[_Draft]:
-        log_probs_TC = self._head.logits(states_TM).log_softmax(dim=-1)
-        best = log_probs_TC.topk(min(self._topk, log_probs_TC.shape[1]), dim=-1)
-        ids_TK = self._head.token_ids_C[best.indices].tolist()
-        for place, ids, gains in zip(places, ids_TK, best.values.tolist(), strict=True):
-            for token_id, gain in zip(ids, gains, strict=True):
+        assert self._head is not None, "extend_tree before begin"
+        gains_TK, ids_TK = (best.tolist() for best in self._head.best(states_TM, self._topk))
+        for place, gains, ids in zip(places, gains_TK, ids_TK, strict=True):
+            for gain, token_id in zip(gains, ids, strict=True):
                 yield _Draft(token_id=token_id, parent=place, score=place.score + gain)
 
     def _read(self, drafts: Sequence[_Draft]) -> Tensor:
@@ -180,12 +154,13 @@ class SampledModelDrafter(ModelDrafter):
 
     def _draw(self, states_1M: Tensor) -> tuple[Proposal, float]:
         """A token, and how likely it was."""
-        logits_C = self._head.logits(states_1M)[0].cpu()
+        assert self._head is not None, "extend_tree before begin"
+        weight_CM, ids_C = self._head
+        logits_C = F.linear(states_1M, weight_CM)[0].float().cpu()
         probs_C = filtered_probs(logits_C, self._sampling)
         index = int(probs_C.multinomial(1, generator=self._generator))
-        drawn = (int(self._head.token_ids_C[index]),)
-        proposal = Proposal(ProposalKind.iid, probs_C, drawn, self._head.token_ids_C)
-        return proposal, float(probs_C[index])
+        token_id = index if ids_C is None else int(ids_C[index])
+        return Proposal(ProposalKind.iid, probs_C, (token_id,), ids_C), float(probs_C[index])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -232,22 +207,33 @@ class DraftModelConfig(DrafterConfig):
                 "drafter=model needs drafter.model: a smaller model of the target's family, by "
                 "its name in conf/model, its folder, GGUF file or Hub id"
             )
-        spare = DraftReader.SPARE + self.topk * self.depth
         model = target.load_draft_model(
-            self.model, sinks=self.sinks, window=self.window, spare=spare
+            self.model,
+            sinks=self.sinks,
+            window=self.window,
+            spare=DraftReader.SPARE + self.topk * self.depth,
         )
-        # Models of one family may pad their vocabularies to different sizes.
-        vocab_size = min(target.embedding().shape[0], model.head_VM.shape[0])
-        vocabulary = self._listed(target, vocab_size)
+        reader = DraftReader(model, sinks=self.sinks, window=self.window)
         build = SampledModelDrafter if self.stochastic else ModelDrafter
-        return build(model, self, vocab_size=vocab_size, vocabulary=vocabulary)
+        return build(reader, self._heads(model.head_VM, target), self)
 
-    def _listed(self, target: DraftTarget, vocab_size: int) -> DraftVocabulary | None:
+    def _heads(self, head_VM: Tensor, target: DraftTarget) -> Callable[[Sequence[int]], LmHead]:
+        """The rows of the head that a prompt needs."""
+        # Models of one family may pad their vocabularies to different sizes.
+        vocab_size = min(target.embedding().shape[0], head_VM.shape[0])
         if self.vocabulary is None:
-            return None
-        listed = DraftVocabulary.read(
+            whole = LmHead(head_VM[:vocab_size], torch.arange(vocab_size, device=head_VM.device))
+            return lambda _: whole
+        vocabulary = DraftVocabulary.read(
             self.vocabulary, vocab_size=vocab_size, tokenizer_hash=target.tokenizer_hash
-        )
-        if self.vocabulary_size is None:
-            return listed
-        return listed.first(self.vocabulary_size, target.stop_ids)
+        ).with_ids(sorted(target.stop_ids))
+        if self.vocabulary_size is not None:
+            vocabulary = vocabulary.first(self.vocabulary_size, target.stop_ids)
+
+        def trimmed(prompt_ids: Sequence[int]) -> LmHead:
+            known = (token_id for token_id in prompt_ids if token_id < vocab_size)
+            ids_C = vocabulary.with_ids(known if self.document_ids else ()).token_ids_C
+            ids_C = ids_C.to(head_VM.device)
+            return LmHead(head_VM[ids_C], ids_C)
+
+        return trimmed

@@ -117,9 +117,10 @@ class EagleDrafter(Drafter):
         for ids_T, positions_T, states_TE in zip(*chunks, strict=True):
             states_TM = self._head.combined(states_TE)
             attend = self._cache.extend(positions_T)
-            output = self._head(self._embedded(ids_T), states_TM, positions_T, attend)
+            embeds_TM = self._embedded(ids_T)
+            output = self._head(embeds_TM, states_TM, positions_T, attend, wanted=slice(-1, None))
         if int(positions_T[-1]) == newest:
-            self._last = HeadOutput(*(rows_TM[-1:] for rows_TM in output))
+            self._last = output
 
     def _looked_at(self, last: HeadOutput, room: int, floor: float) -> Considered:
         """Levels of likely tokens, until no deeper one can be among the `room` best."""
@@ -175,7 +176,7 @@ class EagleConfig(DrafterConfig):
 
     Attributes:
         head: folder of the head, as EAGLE, FR-Spec, SGLang, vLLM, speculators, SpecForge or NeMo
-            write it.
+            write it; empty is the one that apb ships for the model.
         depth: tokens on a path of the tree at most.
         topk: children looked at of each node, and nodes expanded of each level.
         sinks: first tokens of the prompt that the head sees.
@@ -213,9 +214,11 @@ class EagleConfig(DrafterConfig):
         return self.drafter(target, checkpoint, lambda prompt_ids: lm_head)
 
     def checkpoint(self, target: DraftTarget) -> EagleCheckpoint:
-        if not self.head:
+        folder = self.head or target.drafting
+        if not folder:
             raise InputError(
-                "drafter.head is not set: give the folder of an EAGLE head trained for this model"
+                "drafter.head is not set, and apb ships none for this model: give the folder of an "
+                "EAGLE head that was trained for it"
             )
         vocab_size, hidden_size = target.head().shape
         facts = TargetFacts(
@@ -231,8 +234,8 @@ class EagleConfig(DrafterConfig):
             norm_before_residual=self.norm_before_residual,
             norm_output=self.norm_output,
         )
-        checkpoint = EagleCheckpoint.read(self.head, facts, settings)
-        _log.info("EAGLE head %s: %s", self.head, checkpoint.options)
+        checkpoint = EagleCheckpoint.read(folder, facts, settings)
+        _log.info("EAGLE head %s: %s", folder, checkpoint.options)
         return checkpoint
 
     def drafter(

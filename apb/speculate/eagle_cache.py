@@ -113,7 +113,8 @@ class WindowedCache:
         k_KTD: Tensor,
         v_KTD: Tensor,
     ) -> Tensor:
-        num_rows, num_slots = visible_TS.shape
+        """Queries may be those of the last rows alone."""
+        num_slots, num_rows = visible_TS.shape[1], q_HTD.shape[1]
         kv_XKSD = self._kv_LXKSD[layer_idx, :, :, :num_slots]
         kv_XKSD[0, :, start:] = k_KTD
         kv_XKSD[1, :, start:] = v_KTD
@@ -122,7 +123,7 @@ class WindowedCache:
         q_KRD = q_HTD.unflatten(0, (-1, num_groups)).flatten(1, 2)
         k_1KSD, v_1KSD = kv_XKSD[:, None]
         out_1KRD = F.scaled_dot_product_attention(
-            q_KRD[None], k_1KSD, v_1KSD, attn_mask=visible_TS.repeat(num_groups, 1)
+            q_KRD[None], k_1KSD, v_1KSD, attn_mask=visible_TS[-num_rows:].repeat(num_groups, 1)
         )
         out_HTD: Tensor = out_1KRD[0].unflatten(1, (num_groups, num_rows)).flatten(0, 1)
         return out_HTD

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from apb.errors import InputError
 from apb.speculate.base import Rotary
-from apb.speculate.eagle_head import Eagle2Head, Eagle3Head, Eagle3Norms, EagleHead, HeadShape
+from apb.speculate.eagle3_head import Eagle3Head, Eagle3Norms
+from apb.speculate.eagle_head import Eagle2Head, EagleHead, HeadShape
 from apb.speculate.eagle_layouts import HeadFiles
 from apb.speculate.eagle_options import (
     HeadOptions,

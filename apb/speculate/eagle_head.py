@@ -1,4 +1,5 @@
-"""The networks of EAGLE heads, which predict tokens from states of the target.
+"""The networks of EAGLE heads, which predict tokens from states of the target: their parts, and
+the heads of EAGLE-1/2.
 
 Letters: T rows of a pass, M hidden size of the head, E width of the target's states that it reads,
 W width of what attention reads, H query heads, K key/value heads, D head dim, F = D / 2.
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apb.speculate.base import Rotary
+
+ALL_ROWS = slice(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,9 @@ class Rotation(NamedTuple):
         cos_TD, sin_TD = angles_TD.cos() * rotary.scaling, angles_TD.sin() * rotary.scaling
         return cls(cos_TD.to(dtype), sin_TD.to(dtype))
 
+    def of(self, rows: slice) -> Rotation:
+        return Rotation(self.cos_TD[..., rows, :], self.sin_TD[..., rows, :])
+
     def __call__(self, x_HTD: Tensor) -> Tensor:
         first_HTF, second_HTF = x_HTD.chunk(2, dim=-1)
         turned_HTD = torch.cat((-second_HTF, first_HTF), dim=-1)
@@ -67,7 +73,22 @@ class Attend(Protocol):
     """Which rows see which: a plain causal mask in training, a cache and a tree in drafting."""
 
     def __call__(self, layer_idx: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor) -> Tensor:
-        """Attention of a layer's new rows, ``[H, T, D]``; keys are rotated."""
+        """Attention of a layer's new rows, ``[H, T, D]``, or of those that queries are given for;
+        queries and keys are rotated.
+        """
+
+
+class Pass(NamedTuple):
+    """What all layers are told of one pass."""
+
+    rotate: Rotation
+    attend: Attend
+    wanted: slice
+    num_layers: int
+
+    def rows(self, layer_idx: int) -> slice:
+        """Which a layer has to tell; of the others it computes keys and values alone."""
+        return self.wanted if layer_idx == self.num_layers - 1 else ALL_ROWS
 
 
 class HeadOutput(NamedTuple):
@@ -82,21 +103,22 @@ class HeadOutput(NamedTuple):
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads."""
 
-    def __init__(self, shape: HeadShape, width: int) -> None:
+    def __init__(self, shape: HeadShape, layer_idx: int, width: int) -> None:
         super().__init__()
-        self._head_dim = shape.head_dim
+        self._layer_idx, self._head_dim = layer_idx, shape.head_dim
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q_proj = nn.Linear(width, q_size, bias=shape.qkv_bias)
         self.k_proj = nn.Linear(width, kv_size, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(width, kv_size, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=shape.o_bias)
-        self.q_norm = _norm(shape, shape.head_dim) if shape.qk_norm else nn.Identity()
-        self.k_norm = _norm(shape, shape.head_dim) if shape.qk_norm else nn.Identity()
+        self.q_norm = rms_norm(shape, shape.head_dim) if shape.qk_norm else nn.Identity()
+        self.k_norm = rms_norm(shape, shape.head_dim) if shape.qk_norm else nn.Identity()
 
-    def forward(self, x_TW: Tensor, rotate: Rotation, attend: Attend, layer_idx: int) -> Tensor:
-        q_HTD = rotate(self.q_norm(self._split(self.q_proj(x_TW))))
-        k_KTD = rotate(self.k_norm(self._split(self.k_proj(x_TW))))
-        out_HTD = attend(layer_idx, q_HTD, k_KTD, self._split(self.v_proj(x_TW)))
+    def forward(self, x_TW: Tensor, this: Pass) -> Tensor:
+        rows = this.rows(self._layer_idx)
+        q_HTD = this.rotate.of(rows)(self.q_norm(self._split(self.q_proj(x_TW[..., rows, :]))))
+        k_KTD = this.rotate(self.k_norm(self._split(self.k_proj(x_TW))))
+        out_HTD = this.attend(self._layer_idx, q_HTD, k_KTD, self._split(self.v_proj(x_TW)))
         out_TM: Tensor = self.o_proj(out_HTD.transpose(-3, -2).flatten(-2))
         return out_TM
 
@@ -126,12 +148,12 @@ class DecoderLayer(nn.Module):
     def __init__(self, shape: HeadShape, layer_idx: int, *, width: int) -> None:
         super().__init__()
         self._layer_idx = layer_idx
-        self.self_attn = Attention(shape, width)
+        self.self_attn = Attention(shape, layer_idx, width)
         self.mlp = Mlp(shape)
-        self.post_attention_layernorm = _norm(shape)
+        self.post_attention_layernorm = rms_norm(shape)
 
-    def run(self, x_TW: Tensor, residual_TM: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
-        x_TM = residual_TM + self.self_attn(x_TW, rotate, attend, self._layer_idx)
+    def run(self, x_TW: Tensor, residual_TM: Tensor, this: Pass) -> Tensor:
+        x_TM = residual_TM[..., this.rows(self._layer_idx), :] + self.self_attn(x_TW, this)
         out_TM: Tensor = x_TM + self.mlp(self.post_attention_layernorm(x_TM))
         return out_TM
 
@@ -141,10 +163,10 @@ class PlainLayer(DecoderLayer):
 
     def __init__(self, shape: HeadShape, layer_idx: int) -> None:
         super().__init__(shape, layer_idx, width=shape.hidden_size)
-        self.input_layernorm = _norm(shape)
+        self.input_layernorm = rms_norm(shape)
 
-    def forward(self, x_TM: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
-        return self.run(self.input_layernorm(x_TM), x_TM, rotate, attend)
+    def forward(self, x_TM: Tensor, this: Pass) -> Tensor:
+        return self.run(self.input_layernorm(x_TM), x_TM, this)
 
 
 class EagleHead(nn.Module, ABC):
@@ -165,7 +187,12 @@ class EagleHead(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, embeds_TM: Tensor, states_TM: Tensor, positions_T: Tensor, attend: Attend
+        self,
+        embeds_TM: Tensor,
+        states_TM: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        wanted: slice = ALL_ROWS,
     ) -> HeadOutput:
         """One pass over new rows.
 
@@ -176,10 +203,12 @@ class EagleHead(nn.Module, ABC):
             positions_T: of the tokens before them. Attention knows only distances, so any other
                 origin would do.
             attend: caches and masks.
+            wanted: rows whose output is returned.
         """
 
-    def _rotation(self, positions_T: Tensor, like: Tensor) -> Rotation:
-        return Rotation.at(positions_T, self.rotary, like.dtype)
+    def _pass(self, positions_T: Tensor, attend: Attend, wanted: slice, dtype: torch.dtype) -> Pass:
+        rotate = Rotation.at(positions_T, self.rotary, dtype)
+        return Pass(rotate, attend, wanted, self.shape.num_layers)
 
 
 class Eagle2Head(EagleHead):
@@ -200,91 +229,22 @@ class Eagle2Head(EagleHead):
         return states_TE
 
     def forward(
-        self, embeds_TM: Tensor, states_TM: Tensor, positions_T: Tensor, attend: Attend
+        self,
+        embeds_TM: Tensor,
+        states_TM: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        wanted: slice = ALL_ROWS,
     ) -> HeadOutput:
         x_TM = self.fc(torch.cat((embeds_TM, states_TM), dim=-1))
-        rotate = self._rotation(positions_T, x_TM)
+        this = self._pass(positions_T, attend, wanted, x_TM.dtype)
         first, *later = self.layers
         assert isinstance(first, DecoderLayer)
-        x_TM = first.run(x_TM, x_TM, rotate, attend)  # without a norm before attention
+        x_TM = first.run(x_TM, x_TM, this)  # without a norm before attention
         for layer in later:
-            x_TM = layer(x_TM, rotate, attend)
+            x_TM = layer(x_TM, this)
         return HeadOutput(x_TM, x_TM)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eagle3Norms:
-    """Where an EAGLE-3 head norms, which differs among those who train them.
-
-    Attributes:
-        each_state: the target's states one by one before `fc` (EAGLE-3.1).
-        all_states: the target's states side by side before `fc`.
-        residual: the residual stream starts from the normed state.
-        output: the state that is fed back is the one after the final norm (EAGLE-3.1).
-    """
-
-    each_state: bool = False
-    all_states: bool = False
-    residual: bool = False
-    output: bool = False
-
-
-class FirstEagle3Layer(DecoderLayer):
-    """Attention reads embedding and state side by side, each normed."""
-
-    def __init__(self, shape: HeadShape, *, normed_residual: bool) -> None:
-        super().__init__(shape, 0, width=2 * shape.hidden_size)
-        self._normed_residual = normed_residual
-        self.input_layernorm, self.hidden_norm = _norm(shape), _norm(shape)
-
-    def forward(
-        self, embeds_TM: Tensor, states_TM: Tensor, rotate: Rotation, attend: Attend
-    ) -> Tensor:
-        normed_TM = self.hidden_norm(states_TM)
-        x_TW = torch.cat((self.input_layernorm(embeds_TM), normed_TM), dim=-1)
-        return self.run(x_TW, normed_TM if self._normed_residual else states_TM, rotate, attend)
-
-
-class Eagle3Head(EagleHead):
-    """EAGLE-3 (Li et al. 2025, https://arxiv.org/abs/2503.01840): reads states that enter some
-    layers of the target, mixed by `fc`; its own states need not resemble them.
-    """
-
-    def __init__(self, shape: HeadShape, rotary: Rotary, norms: Eagle3Norms) -> None:
-        super().__init__(shape, rotary)
-        self.norms = norms
-        state_size = sum(shape.state_sizes)
-        if norms.each_state:
-            self.fc_norm = nn.ModuleList(_norm(shape, size) for size in shape.state_sizes)
-        if norms.all_states:
-            self.input_norm = _norm(shape, state_size)
-        self.fc = nn.Linear(state_size, shape.hidden_size, bias=shape.fc_bias)
-        first = FirstEagle3Layer(shape, normed_residual=norms.residual)
-        later = (PlainLayer(shape, layer_idx) for layer_idx in range(1, shape.num_layers))
-        self.layers = nn.ModuleList([first, *later])
-        self.norm = _norm(shape)
-
-    def combined(self, states_TE: Tensor) -> Tensor:
-        if self.norms.each_state:
-            parts = states_TE.split(self.shape.state_sizes, dim=-1)
-            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
-            states_TE = torch.cat(normed, dim=-1)
-        if self.norms.all_states:
-            states_TE = self.input_norm(states_TE)
-        states_TM: Tensor = self.fc(states_TE)
-        return states_TM
-
-    def forward(
-        self, embeds_TM: Tensor, states_TM: Tensor, positions_T: Tensor, attend: Attend
-    ) -> HeadOutput:
-        rotate = self._rotation(positions_T, states_TM)
-        first, *later = self.layers
-        x_TM = first(embeds_TM, states_TM, rotate, attend)
-        for layer in later:
-            x_TM = layer(x_TM, rotate, attend)
-        normed_TM = self.norm(x_TM)
-        return HeadOutput(normed_TM, normed_TM if self.norms.output else x_TM)
-
-
-def _norm(shape: HeadShape, size: int | None = None) -> nn.RMSNorm:
+def rms_norm(shape: HeadShape, size: int | None = None) -> nn.RMSNorm:
     return nn.RMSNorm(shape.hidden_size if size is None else size, eps=shape.norm_eps)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apb.speculate.tree import TreeBuilder
+from apb.speculate.tree import Claim, TreeBuilder
 
 
 class LmHead(NamedTuple):
@@ -77,10 +77,14 @@ class Considered:
         scores_X, order_X = torch.cat(self._scores).sort(descending=True, stable=True)
         ids, parents = torch.cat(self._ids).tolist(), torch.cat(self._parents).tolist()
         nodes: dict[int, int | None] = {-1: 0}
+        score_of = {-1: 0.0}
         for score, number in zip(scores_X.tolist(), order_X.tolist(), strict=True):
             if score < floor or tree.is_full:
                 return
-            parent = nodes[parents[number]]
-            nodes[number] = (
-                None if parent is None else tree.add(parent, ids[number], source=source)
-            )
+            before = parents[number]
+            parent, score_of[number] = nodes[before], score
+            if parent is None:
+                nodes[number] = None
+                continue
+            claim = Claim(math.exp(score - score_of[before]))
+            nodes[number] = tree.add(parent, ids[number], source=source, claim=claim)

@@ -14,13 +14,17 @@ from apb.speculate.eagle import EagleConfig, EagleDrafter
 from apb.speculate.eagle_levels import LmHead
 from apb.speculate.vocabulary import DraftVocabulary
 
+SHIPPED_LIST = "vocabulary.safetensors"
+"""The list beside a head."""
+
 
 @dataclass(kw_only=True, slots=True)
 class FrSpecConfig(EagleConfig):
     """Config of `EagleDrafter` with a vocabulary of frequent tokens (FR-Spec).
 
     Attributes:
-        vocabulary: file of a frequency list, apb's or FR-Spec's ``freq_*.pt``.
+        vocabulary: file of a frequency list, apb's or FR-Spec's ``freq_*.pt``; empty is the one
+            that apb ships for the model.
         vocabulary_size: tokens of it that are used, all stop tokens among them; None is all.
         document_ids: add the tokens of the prompt, which its answer is likely to use.
     """
@@ -48,13 +52,16 @@ class FrSpecConfig(EagleConfig):
         return self.drafter(target, checkpoint, lm_head_for)
 
     def _vocabulary(self, target: DraftTarget) -> DraftVocabulary:
-        if not self.vocabulary:
+        path = self.vocabulary
+        if not path and target.drafting is not None:
+            path = str(target.drafting / SHIPPED_LIST)
+        if not path:
             raise InputError(
-                "drafter.vocabulary is not set: give a list of frequent tokens, or use "
-                "drafter=eagle for all"
+                "drafter.vocabulary is not set, and apb ships none for this model: give a list of "
+                "frequent tokens, or use drafter=eagle for all"
             )
         listed = DraftVocabulary.read(
-            self.vocabulary,
+            path,
             vocab_size=target.head().shape[0],
             tokenizer_hash=target.tokenizer_hash,
         )

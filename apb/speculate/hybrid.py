@@ -5,48 +5,92 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
+from torch import Tensor
+
+from apb.errors import InputError
+from apb.speculate.base import Drafter, DraftRequest, DraftTarget, Verified
+from apb.speculate.eagle import EagleDrafter
+from apb.speculate.frspec import FrSpecConfig
 from apb.speculate.recycling import RecyclingConfig, RecyclingDrafter
 from apb.speculate.suffix import SuffixConfig, SuffixDrafter
 from apb.speculate.tree import TreeBuilder
 
 
 class HybridDrafter(Drafter):
-    """Suffixes of the document first, recycled tokens where those leave room.
+    """Suffixes of the document, recycled tokens and, where there is one, an EAGLE head.
 
-    The best training-free pair on long documents (SAM decoding with token recycling, in OWL's
-    comparison, https://arxiv.org/abs/2510.07535): copies reach far where the answer quotes, and
-    recycled tokens help where it does not. Paths are merged by their longest common beginning.
+    Copies reach far where the answer quotes, and the others help where it does not: on long
+    documents the pair of the first two is the best without training, and with a head in OWL's
+    comparison the best of all (https://arxiv.org/abs/2510.07535). Paths are merged by their longest
+    common beginning; the controller weighs the claims of one drafter against those of another.
     """
 
-    def __init__(self, suffix: SuffixDrafter, recycling: RecyclingDrafter) -> None:
-        self._drafters: tuple[Drafter, ...] = (suffix, recycling)
+    def __init__(
+        self,
+        suffix: SuffixDrafter,
+        recycling: RecyclingDrafter,
+        head: EagleDrafter | None,
+        *,
+        enough: float,
+    ) -> None:
+        """The head is not asked where the document promises `enough` tokens: it alone takes time
+        that counts.
+        """
+        self._suffix, self._recycling, self._head = suffix, recycling, head
+        self._enough = enough
+        if head is not None:
+            self.needs = head.needs
 
     def begin(self, request: DraftRequest) -> None:
         for drafter in self._drafters:
             drafter.begin(request)
+
+    def read(self, positions: Sequence[int], states_TE: Tensor) -> None:
+        if self._head is not None:
+            self._head.read(positions, states_TE)
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         for drafter in self._drafters:
             drafter.observe(new_ids, verified)
 
     def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
-        for offset, drafter in enumerate(self._drafters):
-            drafter.extend_tree(tree, source=source + offset)
+        each = tree.room
+        self._suffix.extend_tree(tree, source=source)
+        promised = tree.outlook
+        tree.allow(each)
+        self._recycling.extend_tree(tree, source=source + 1)
+        if self._head is not None and promised < self._enough:
+            tree.allow(each)
+            self._head.extend_tree(tree, source=source + 2)
+
+    @property
+    def _drafters(self) -> tuple[Drafter, ...]:
+        both = (self._suffix, self._recycling)
+        return both if self._head is None else (*both, self._head)
 
 
 @dataclass(kw_only=True, slots=True)
-class HybridConfig(DrafterConfig):
-    """Config of `HybridDrafter`: the settings of `suffix` and `recycling`."""
+class HybridConfig(FrSpecConfig):
+    """Config of `HybridDrafter`: the settings of `suffix`, `recycling` and `frspec`.
+
+    Attributes:
+        use_head: draft by an EAGLE head as well, where `head` is set or apb ships one for the
+            model.
+        enough: tokens that suffixes have to promise for the head not to be asked.
+    """
 
     min_match: int = 2
     factor: float = 2.0
     width: int = 8
+    use_head: bool = True
+    enough: float = 4.0
 
     def __post_init__(self) -> None:
-        DrafterConfig.__post_init__(self)
+        FrSpecConfig.__post_init__(self)
         self._suffix()
         self._recycling()
+        if self.enough < 0:
+            raise InputError(f"drafter.enough={self.enough} must not be negative")
 
     def _suffix(self) -> SuffixConfig:
         return SuffixConfig(min_match=self.min_match, factor=self.factor)
@@ -54,7 +98,11 @@ class HybridConfig(DrafterConfig):
     def _recycling(self) -> RecyclingConfig:
         return RecyclingConfig(width=self.width)
 
-    def build_drafter(self, target: DraftTarget) -> HybridDrafter:
+    def build_drafter(self, target: DraftTarget) -> HybridDrafter:  # type: ignore[override]
+        has_head = bool(self.head) or target.drafting is not None
         return HybridDrafter(
-            self._suffix().build_drafter(target), self._recycling().build_drafter(target)
+            self._suffix().build_drafter(target),
+            self._recycling().build_drafter(target),
+            FrSpecConfig.build_drafter(self, target) if self.use_head and has_head else None,
+            enough=self.enough,
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 from apb.errors import InputError
 from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.suffix_index import ID_BYTES, Text, decode, encode, longest_end
-from apb.speculate.tree import TreeBuilder
+from apb.speculate.tree import Claim, TreeBuilder
 
 
 class Recurrence(NamedTuple):
@@ -35,6 +36,25 @@ def latest_recurrence(text: Text, *, at_least: int, at_most: int) -> Recurrence 
     return longest_end(text, find, at_least=at_least, at_most=at_most)
 
 
+_BY_CHANCE = 0.7
+"""How often a match of one token does not go on alike."""
+_OF_PROMPT = 16
+"""Kinds of claims from here on are of matches in the prompt."""
+
+
+def claims_of_copy(match_len: int) -> Iterator[Claim]:
+    """Of the tokens behind a place in the text that matches its end: each accepted one makes the
+    match longer, and so the next one likelier.
+    """
+    for length in count(match_len):
+        yield Claim(1.0 - _BY_CHANCE**length, length.bit_length())
+
+
+def claim_of_match(match_len: int, share: float) -> Claim:
+    """Of a token that goes on so after some share of the matches in the prompt."""
+    return Claim(share * (1.0 - _BY_CHANCE**match_len), _OF_PROMPT + match_len.bit_length())
+
+
 class LookupDrafter(Drafter):
     """Prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding):
     one chain, copied from behind the latest recurrence of the last few tokens.
@@ -54,7 +74,7 @@ class LookupDrafter(Drafter):
         found = latest_recurrence(self._text, at_least=self._min_match, at_most=self._max_match)
         if found is not None:
             copied = decode(self._text, found.stop, found.stop + self._length)
-            tree.add_path(copied, source=source)
+            tree.add_path(copied, source=source, claims=claims_of_copy(found.length))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -27,10 +27,11 @@ class RecyclingDrafter(Drafter):
     def __init__(self, *, width: int) -> None:
         self._width = width
         self._followers: dict[int, list[int]] = {}
+        self._told = set[int]()
         self._last = 0
 
     def begin(self, request: DraftRequest) -> None:
-        self._followers = {}
+        self._followers, self._told = {}, set()
         for follower, token_id in pairwise(reversed(request.prompt_ids)):  # the latest count most
             known = self._followers.setdefault(token_id, [])
             if len(known) < self._width and follower not in known:
@@ -44,13 +45,16 @@ class RecyclingDrafter(Drafter):
         best_NK = verified.logits_NV.topk(width, dim=-1).indices.tolist()
         for token_id, best in zip(verified.tree.tokens, best_NK, strict=True):
             self._followers[token_id] = best
+        self._told.update(verified.tree.tokens)
 
     def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
         tree.add_likeliest(self._last, self._ranked, source=source)
 
     def _ranked(self, token_id: int) -> Iterator[Follower[int]]:
+        told = token_id in self._told
         for rank, follower in enumerate(self._followers.get(token_id, ())):
-            yield Follower(follower, _BEST * _DECAY**rank, follower)
+            share = _BEST * _DECAY**rank
+            yield Follower(follower, share, follower, kind=rank + (self._width if told else 0))
 
 
 @dataclass(kw_only=True, slots=True)

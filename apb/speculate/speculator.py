@@ -14,7 +14,6 @@ from torch import Tensor
 from apb.sampling import SamplingParams
 from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.control import (
-    ControllerKind,
     FixedController,
     LengthController,
     StepReport,
@@ -64,8 +63,10 @@ class Speculator:
         self._drafter: Drafter | None = None
         self._ready: Future[None] | None = None
         self._missed: list[Callable[[Drafter], None]] = []
+        # Kept from request to request: what it has measured is mostly about the machine.
+        self._adaptive = build_controller(config.controller, config.max_nodes)
         self._controller: LengthController = FixedController(1)
-        self._allowed = 1
+        self._allowed, self._drafted, self._draft_s = 1, DraftTree.of_root(0), 0.0
         self._repeatable = False
         self.stats = SpeculationStats()
 
@@ -77,8 +78,8 @@ class Speculator:
         sampled = sampling.seed is not None and sampling.temperature > 0.0
         self._repeatable = sampled and not self.verifier.follows_plain
         if self._drafter is not None:
-            kind = ControllerKind.fixed if self._repeatable else self._config.controller
-            self._controller = build_controller(kind, self._config.max_nodes)
+            fixed = FixedController(self._config.max_nodes)
+            self._controller = fixed if self._repeatable else self._adaptive
             request = DraftRequest(prompt_ids, sampling)
             self._ready = self._pool.submit(self._drafter.begin, request)
 
@@ -116,7 +117,7 @@ class Speculator:
         the drafter is waited for, and trees are always as large as they may be.
         """
         started = time.perf_counter()
-        tree = DraftTree.of_root(root)
+        tree = self._drafted = DraftTree.of_root(root)
         self._allowed = max(1, min(room, self._controller.max_nodes()))
         self._catch_up()
         if self._allowed > 1 and self._is_ready:
@@ -124,24 +125,35 @@ class Speculator:
             def grow(drafter: Drafter) -> DraftTree:
                 builder = TreeBuilder(root, max_nodes=self._allowed)
                 drafter.extend_tree(builder, source=1)
-                drafted = builder.build()
+                drafted = self._drafted = builder.build()
+                if not drafted.proposals:  # drawn nodes may not be left out for what they hold
+                    drafted = self._controller.choose(drafted, self._allowed)
                 self.verifier.check(drafted)
                 return drafted
 
             tree = self._tried(grow) or tree
-        self.stats.draft_s += time.perf_counter() - started
+        self._draft_s = time.perf_counter() - started
+        self.stats.draft_s += self._draft_s
         return tree
 
     def observe(self, verified: Verified, *, started: float) -> None:
         """A step over the last proposed tree, which began at that `time.perf_counter`."""
         begin = time.perf_counter()
         self._tell(lambda drafter: drafter.observe(verified.new_ids, verified))
-        now = time.perf_counter()
+        learning_s = time.perf_counter() - begin
         self.stats.steps += 1
         self.stats.emitted += len(verified.new_ids)
         self.stats.nodes += len(verified.tree)
-        self.stats.draft_s += now - begin
-        report = StepReport(self._allowed, len(verified.tree), verified.path, now - started)
+        self.stats.draft_s += learning_s
+        report = StepReport(
+            allowed=self._allowed,
+            num_nodes=len(verified.tree),
+            path=verified.path,
+            seconds=begin - started,
+            draft_s=self._draft_s + learning_s,
+            pool=self._drafted,
+            emitted=verified.new_ids,
+        )
         self._controller.update(report)
 
     def _tell(self, news: Callable[[Drafter], None]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from apb.errors import InputError
 from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
-from apb.speculate.lookup import latest_recurrence
+from apb.speculate.lookup import claim_of_match, claims_of_copy, latest_recurrence
 from apb.speculate.suffix_index import (
     MAX_MATCH,
     SORTED_TOKENS,
@@ -50,7 +50,7 @@ class SuffixDrafter(Drafter):
         own = latest_recurrence(self._answer, at_least=self._min_match, at_most=MAX_MATCH)
         if own is not None and (match is None or own.length >= match.length):
             copied = decode(self._answer, own.stop, own.stop + self._reach(own.length))
-            tree.add_path(copied, source=source)
+            tree.add_path(copied, source=source, claims=claims_of_copy(own.length))
         if match is not None:
             farthest = min(match.length + self._reach(match.length), SORTED_TOKENS)
             tree.add_likeliest(match, lambda place: self._followers(place, farthest), source=source)
@@ -65,7 +65,8 @@ class SuffixDrafter(Drafter):
             children = self._index.continuations(place)
             total = sum(child.last - child.first for _, child in children)
             for token_id, child in children:
-                yield Follower(token_id, (child.last - child.first) / total, child)
+                claim = claim_of_match(place.length, (child.last - child.first) / total)
+                yield Follower(token_id, claim.share, child, claim.kind)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import count
+from itertools import count, repeat
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -63,6 +63,15 @@ class Proposal:
         return replace(self, drawn=self.drawn[:count])
 
 
+class Claim(NamedTuple):
+    """What a drafter thinks of a node."""
+
+    share: float = 1.0
+    """How likely the token is where the one before it is accepted."""
+    kind: int = 0
+    """Tells evidence of different quality apart, such as short matches from long ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """Drafted tokens in topological order. Node 0, the root, is the last token of the answer so
@@ -74,12 +83,14 @@ class DraftTree:
         sources: which drafter each node comes from; 0 for the root.
         proposals: by node, what its children were drawn from; a node that is missing has children
             chosen without chance, or none. Only the owner knows them.
+        claims: of each node; the root's says nothing. Only the owner knows them.
     """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     sources: tuple[int, ...]
     proposals: Mapping[int, Proposal] = field(default_factory=dict, compare=False)
+    claims: tuple[Claim, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.parents) == len(self.sources) > 0
@@ -114,6 +125,17 @@ class DraftTree:
         """In the order in which they were proposed."""
         return (child for child in range(node + 1, len(self)) if self.parents[child] == node)
 
+    def part(self, nodes: Sequence[int]) -> DraftTree:
+        """Some nodes, ascending, with all their ancestors among them; no drawn one may be lost."""
+        place = {node: idx for idx, node in enumerate(nodes)}
+        return DraftTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(place[self.parents[node]] if node else -1 for node in nodes),
+            tuple(self.sources[node] for node in nodes),
+            {place[node]: drawn for node, drawn in self.proposals.items() if node in place},
+            tuple(self.claims[node] for node in nodes),
+        )
+
     def visible(self) -> Tensor:
         """Whether a node sees another, which its ancestors and itself are: bool ``[N, N]``."""
         visible_NN = torch.eye(len(self), dtype=torch.bool)
@@ -124,6 +146,8 @@ class DraftTree:
 
 S = TypeVar("S")
 
+_NO_CLAIM = Claim()
+
 
 class Follower(NamedTuple, Generic[S]):
     """A token that may come next, how likely that is taken to be, and what is known behind it."""
@@ -131,6 +155,7 @@ class Follower(NamedTuple, Generic[S]):
     token_id: int
     share: float
     state: S
+    kind: int = 0
 
 
 class TreeBuilder:
@@ -146,6 +171,7 @@ class TreeBuilder:
         self._tokens, self._parents, self._sources = [root], [-1], [0]
         self._children: dict[tuple[int, int], int] = {}
         self._proposals: dict[int, Proposal] = {}
+        self._claims, self._chances = [Claim()], [1.0]
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -161,21 +187,34 @@ class TreeBuilder:
         return self._max_nodes - len(self)
 
     @property
+    def outlook(self) -> float:
+        """Drafted tokens that will be accepted, if all claims are right."""
+        return sum(self._chances) - 1.0
+
+    @property
     def is_full(self) -> bool:
         return self.room <= 0
 
-    def add(self, parent: int, token_id: int, *, source: int) -> int | None:
-        """The child of a node with that token, new or known.
+    def allow(self, more: int) -> None:
+        """Take in so many nodes beyond those that are there, for the next drafter to add."""
+        self._max_nodes = len(self) + more
+
+    def add(
+        self, parent: int, token_id: int, *, source: int, claim: Claim = _NO_CLAIM
+    ) -> int | None:
+        """The child of a node with that token, new or known; of two claims the higher one counts.
 
         None where the tree is full, or where the node has drawn children: the test that those have
         to pass is exact only as long as nobody adds to them.
         """
         known = self._children.get((parent, token_id))
         if known is not None:
+            if claim.share > self._claims[known].share:
+                self._claims[known], self._sources[known] = claim, source
             return known
         if self.is_full or parent in self._proposals:
             return None
-        return self._append(parent, token_id, source)
+        return self._append(parent, token_id, source, claim)
 
     def add_drawn(self, parent: int, proposal: Proposal, *, source: int) -> list[int]:
         """The children of a node that were drawn, in order, each token once.
@@ -198,18 +237,22 @@ class TreeBuilder:
             self._proposals[parent] = kept
         return [self._children[parent, token_id] for token_id in dict.fromkeys(kept.drawn)]
 
-    def _append(self, parent: int, token_id: int, source: int) -> int:
+    def _append(self, parent: int, token_id: int, source: int, claim: Claim = _NO_CLAIM) -> int:
         node = self._children[parent, token_id] = len(self)
         self._tokens.append(token_id)
         self._parents.append(parent)
         self._sources.append(source)
+        self._claims.append(claim)
+        self._chances.append(self._chances[parent] * claim.share)
         return node
 
-    def add_path(self, token_ids: Sequence[int], *, source: int) -> None:
+    def add_path(
+        self, token_ids: Sequence[int], *, source: int, claims: Iterable[Claim] = repeat(_NO_CLAIM)
+    ) -> None:
         """Tokens that follow each other from the root on, as far as the budget goes."""
         node = 0
-        for token_id in token_ids:
-            added = self.add(node, token_id, source=source)
+        for token_id, claim in zip(token_ids, claims, strict=False):
+            added = self.add(node, token_id, source=source, claim=claim)
             if added is None:
                 return
             node = added
@@ -235,7 +278,8 @@ class TreeBuilder:
             score, _, parent, follower = heapq.heappop(queue)
             if -score < self.min_score:
                 return
-            node = self.add(parent, follower.token_id, source=source)
+            claim = Claim(follower.share, follower.kind)
+            node = self.add(parent, follower.token_id, source=source, claim=claim)
             if node is not None:
                 consider(node, -score, follower.state)
             elif self.is_full:
@@ -243,4 +287,4 @@ class TreeBuilder:
 
     def build(self) -> DraftTree:
         tokens, parents, sources = map(tuple, (self._tokens, self._parents, self._sources))
-        return DraftTree(tokens, parents, sources, dict(self._proposals))
+        return DraftTree(tokens, parents, sources, dict(self._proposals), tuple(self._claims))

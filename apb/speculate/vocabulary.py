@@ -124,7 +124,7 @@ class DraftVocabulary:
         if not new:
             return self
         token_ids_C = torch.cat([self.token_ids_C, torch.tensor(new, dtype=torch.int64)])
-        return replace(self, token_ids_C=token_ids_C, counts_C=None, corpus_tokens=None)
+        return replace(self, token_ids_C=token_ids_C, counts_C=None)
 
     @classmethod
     def read(

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from apb.speculate.control import ControllerKind
 from apb.speculate.speculator import SpeculationStats, Speculator
 from apb.speculate.tree import TreeBuilder
 from apb.speculate.verify import VerifierKind
-from models import draft_target, random_ids
+from eagle_checkpoints import eagle2_head, eagle3_head
+from models import VOCAB, draft_target, random_ids
 from rank_pool import RankPool, same_on_all_ranks
 from ranks.cases import make_prompt
 from ranks.programs import Case, make_engine
@@ -41,7 +42,7 @@ CASE = Case(
     prompt=make_prompt(61, prefix_len=2, query_len=5),
     new_ids=random_ids(5, seed=9),
 )
-NAMES = sorted(set(PLUGINS["drafter"]) - {"none"})
+NAMES = [*sorted(set(PLUGINS["drafter"]) - {"none"}), "eagle3"]
 
 over_ranks = pytest.mark.parametrize("world_size", [1, 2, 3])
 over_placements = pytest.mark.parametrize(
@@ -192,6 +193,34 @@ def test_answers_end_within_a_step_where_plain_ones_end(
         assert run(pool, case, GREEDY, config, stop)[0] == expected
 
 
+ConfigOf = Callable[[str], DrafterConfig]
+
+
+@pytest.fixture(scope="module")
+def config_of(tmp_path_factory: pytest.TempPathFactory) -> ConfigOf:
+    """Drafters with all that they need to draft for the tiny model, random EAGLE heads among it."""
+    folder = tmp_path_factory.mktemp("drafters")
+    head = str(eagle2_head(vocab_size=VOCAB).write(folder / "eagle2"))
+    head3 = str(eagle3_head(vocab_size=VOCAB, num_scored=60).write(folder / "eagle3"))
+    frequent = str(folder / "freq_40.pt")
+    torch.save(list(range(40)), frequent)
+    settings: dict[str, dict[str, Any]] = {
+        "suffix": {"min_match": 1},  # in random text longer matches are rare
+        "eagle": {"head": head, "window": 16},
+        "eagle3": {"head": head3, "entering": [0, 1, 2]},
+        "frspec": {"head": head, "vocabulary": frequent},
+        "model": {"model": "tiny"},
+    }
+
+    def config_of(name: str) -> DrafterConfig:
+        config: DrafterConfig = PLUGINS["drafter"][name.rstrip("3")](
+            max_nodes=9, controller=ControllerKind.fixed, **settings.get(name, {})
+        )
+        return config
+
+    return config_of
+
+
 def follows_plain(config: DrafterConfig) -> bool:
     return Speculator(config, draft_target(CASE.model)).verifier.follows_plain
 
@@ -203,6 +232,7 @@ def follows_plain(config: DrafterConfig) -> bool:
 def test_every_drafter_leaves_the_answer_as_it_is(
     pool_of: PoolOf,
     plain: Plain,
+    config_of: ConfigOf,
     name: str,
     params: SamplingParams,
     placement: Placement,
@@ -212,8 +242,7 @@ def test_every_drafter_leaves_the_answer_as_it_is(
     of plain ones (E8 in test_verifiers.py), and here only have to repeat.
     """
     case, pool = replace(CASE, placement=placement), pool_of(world_size)
-    eager = {"suffix": {"min_match": 1}}.get(name, {})  # in random text longer matches are rare
-    config = PLUGINS["drafter"][name](max_nodes=9, controller=ControllerKind.fixed, **eager)
+    config = config_of(name)
     answer, stats = run(pool, case, params, config)
     if params is GREEDY or follows_plain(config):
         assert answer == plain(pool, case, params)

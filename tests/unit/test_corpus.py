@@ -8,7 +8,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apb.corpus import CorpusFile, find_records, find_texts, pieces
@@ -16,6 +16,7 @@ from apb.corpus import CorpusFile, find_records, find_texts, pieces
 TEXTS = st.lists(st.text() | st.sampled_from(["\n", "\r\n", " ", "é\n", "a b\n"])).map("".join)
 
 
+@settings(deadline=None)
 @given(text=TEXTS, max_chars=st.integers(1, 12))
 @example(text="a long line and\nanother", max_chars=8)
 def test_pieces_are_the_text_and_end_at_line_ends(text: str, max_chars: int) -> None:

@@ -21,8 +21,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from apb.errors import InputError
 from apb.speculate.base import Rotary
+from apb.speculate.eagle3_head import Eagle3Head
 from apb.speculate.eagle_checkpoint import EagleCheckpoint
-from apb.speculate.eagle_head import Eagle2Head, Eagle3Head, EagleHead
+from apb.speculate.eagle_head import Eagle2Head, EagleHead
 from apb.speculate.eagle_options import HeadSettings, Origin, RopeSource, TargetFacts
 from apb.speculate.eagle_rotary import own_rotary
 from eagle_checkpoints import (
@@ -33,6 +34,7 @@ from eagle_checkpoints import (
     eagle2_head,
     eagle3_head,
     eagle31_head,
+    with_second_layer,
 )
 from eagle_oracle import Oracle
 
@@ -149,19 +151,11 @@ def test_what_specforge_calls_norm_output_is_not_fed_back(tmp_path: Path) -> Non
     torch.testing.assert_close(outputs(checkpoint), stated(EAGLE31, 500.0))
 
 
-def test_further_layers_are_plain_ones(tmp_path: Path) -> None:
-    """With those that add nothing behind the first, the head is that of one layer."""
-    more = {
-        name.replace("midlayer", "layers.1"): torch.zeros_like(t)
-        if name.endswith(("o_proj.weight", "down_proj.weight"))
-        else (t[:, :HIDDEN] if "self_attn" in name else t).clone()
-        for name, t in EAGLE3.tensors.items()
-        if name.startswith("midlayer") and "hidden_norm" not in name
-    }
-    two = EAGLE3_LAYOUTS["vllm"](EAGLE3).adding(**more)
-    checkpoint = read(two, tmp_path)
-    assert checkpoint.head.shape.num_layers == 2
-    assert torch.equal(outputs(checkpoint), outputs(read(EAGLE3, tmp_path / "one")))
+@pytest.mark.parametrize("head", [EAGLE2, EAGLE3], ids=["2", "3"])
+def test_further_layers_are_plain_ones(head: Head, tmp_path: Path) -> None:
+    two = with_second_layer(head)
+    theta = 500.0 if head is EAGLE3 else TARGET_THETA
+    torch.testing.assert_close(outputs(read(two, tmp_path)), stated(two, theta))
 
 
 def test_options_come_from_the_user_then_the_checkpoint_then_a_default(tmp_path: Path) -> None:
@@ -266,7 +260,11 @@ BAD: dict[str, tuple[Head, str]] = {
     ),
     "states": (
         eagle3_head(hidden_size=96, vocab_size=VOCAB, num_scored=SCORED, num_states=1),
-        "no tensor embed_tokens.weight|does not fit hidden size 64",
+        r"tensor fc.weight is \[96, 96\], which does not fit hidden size 64",
+    ),
+    "tables": (
+        eagle3_head(hidden_size=96, vocab_size=VOCAB, num_scored=SCORED, num_states=2),
+        "no tensor embed_tokens.weight, and the model's cannot stand in",
     ),
     "vocabulary": (eagle2_head(vocab_size=VOCAB + 1), "vocabulary 513, and this one has 512"),
     "tokenizer": (EAGLE2.configured(tokenizer_hash="xyz"), "another tokenizer"),

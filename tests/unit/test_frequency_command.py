@@ -30,7 +30,7 @@ TEXTS = st.lists(st.text() | st.sampled_from(["\n", "\r\n", " ", "é\n", "<|eos|
     "".join
 )
 on_tmp_path = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

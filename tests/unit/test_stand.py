@@ -5,20 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from apb.errors import InputError
 from apb.sampling import Sampler, SamplingParams, filtered_probs, new_generator
-from apb.speculate.base import DrafterConfig, DraftRequest, Verified
+from apb.speculate.base import DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.control import ControllerKind
 from apb.speculate.speculator import Speculator
 from apb.speculate.stand import StandConfig, StandDrafter, best_slots
@@ -31,7 +33,7 @@ VOCAB = 4
 PROMPT = (3, 1, 2)
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
-DRAWS = 4000
+DRAWS = 2000
 
 
 def begun(params: SamplingParams, *, width: int = 10, max_order: int = 3) -> StandDrafter:
@@ -141,6 +143,7 @@ def test_draws_follow_the_probabilities_without_replacement() -> None:
         assert abs(found[order] - DRAWS * expected) <= 5 * math.sqrt(DRAWS * expected)
 
 
+@settings(max_examples=25, deadline=None)
 @given(small=st.integers(1, 30), large=st.integers(1, 30), seed=st.integers(0, 99))
 def test_a_smaller_budget_gives_the_same_tree_cut_short(small: int, large: int, seed: int) -> None:
     """So its shape depends on nothing that is drawn behind, and sizes can be compared by it."""
@@ -171,6 +174,7 @@ def test_the_shape_is_fixed_before_anything_is_drawn() -> None:
     assert len(tokens) == 30
 
 
+@settings(max_examples=40, deadline=None)
 @given(count=st.integers(0, 63), width=st.integers(1, 10))
 def test_slots_come_after_what_they_hang_from(count: int, width: int) -> None:
     slots = list(best_slots(count, width=width))
@@ -280,8 +284,57 @@ def test_a_seed_repeats_the_answer_however_long_steps_take(verifier: VerifierKin
     assert others == [first] * 3
 
 
+class SlowStand(StandDrafter):
+    """Prepares until it is told to stop, and writes down what it is asked."""
+
+    def __init__(self, prepare: Callable[[], object]) -> None:
+        super().__init__(width=10, max_order=3)
+        self._prepare, self.asked = prepare, list[str]()
+
+    def begin(self, request: DraftRequest) -> None:
+        self._prepare()
+        super().begin(request)
+        self.asked.append("begin")
+
+    def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
+        self.asked.append(f"observe {new_ids}")
+
+    def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
+        self.asked.append("extend_tree")
+
+
+@dataclass(kw_only=True, slots=True)
+class SlowConfig(DrafterConfig):
+    drafter: SlowStand
+
+    def build_drafter(self, target: DraftTarget) -> SlowStand:
+        return self.drafter
+
+
+def test_seeded_answers_wait_for_the_drafter() -> None:
+    drafter = SlowStand(lambda: time.sleep(0.2))
+    speculator = Speculator(SlowConfig(drafter=drafter), draft_target("llama"))
+    speculator.begin(PROMPT, SAMPLED)
+    speculator.first(5)
+    speculator.propose(5, room=9)
+    assert drafter.asked == ["begin", "observe [5]", "extend_tree"]
+
+
+def test_a_drafter_that_was_late_hears_all_before_it_drafts() -> None:
+    prepared = threading.Event()
+    drafter = SlowStand(lambda: prepared.wait(60))
+    speculator = Speculator(SlowConfig(drafter=drafter), draft_target("llama"))
+    speculator.begin(PROMPT, GREEDY)
+    speculator.first(5)
+    assert len(speculator.propose(5, room=9)) == 1
+    prepared.set()
+    speculator.wait()
+    speculator.propose(5, room=9)
+    assert drafter.asked == ["begin", "observe [5]", "extend_tree"]
+
+
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("values", "words"),
     [
         ({"width": 0}, r"drafter\.width=0"),
         ({"max_order": 0}, r"drafter\.max_order=0"),
@@ -289,6 +342,6 @@ def test_a_seed_repeats_the_answer_however_long_steps_take(verifier: VerifierKin
         ({"verifier": VerifierKind.chain}, r"drafter\.verifier=chain is not exact"),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, Any], words: str) -> None:
+def test_bad_settings_are_named(values: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        StandConfig(**settings)
+        StandConfig(**values)

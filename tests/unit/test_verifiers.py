@@ -1,6 +1,6 @@
-"""Guarantees of verifiers: answers have exactly the target's distribution, whatever is drafted (E8).
+"""Guarantees of verifiers: answers have the target's distribution, whatever is drafted (E8).
 
-Everything is enumerated: each way the drafts and the verifier's choices can fall, with its weight.
+Exactly: each way in which the drafts and the verifier's choices can fall is taken, by its weight.
 """
 
 from __future__ import annotations
@@ -145,8 +145,11 @@ def mixed(kind: ProposalKind, counts: tuple[int, int], subset: Sequence[int] | N
 
 
 @pytest.mark.parametrize(("verifier", "kind"), PAIRS)
-@pytest.mark.parametrize("params", [PLAIN, WARPED], ids=["plain", "warped"])
-@pytest.mark.parametrize("subset", [None, SUBSET], ids=["whole", "subset"])
+@pytest.mark.parametrize(
+    ("params", "subset"),
+    [(PLAIN, None), (WARPED, None), (WARPED, SUBSET)],
+    ids=["plain", "warped", "warped-subset"],
+)
 def test_answers_have_exactly_the_distribution_of_plain_sampling(
     verifier: Verifier, kind: ProposalKind, params: SamplingParams, subset: Sequence[int] | None
 ) -> None:
@@ -174,7 +177,7 @@ def weights(draw: st.DrawFn, size: int, positive: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize(("verifier", "kind"), DRAWN)
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_distributions_are_exact(
     verifier: Verifier, kind: ProposalKind, data: st.DataObject
@@ -199,26 +202,25 @@ def test_any_distributions_are_exact(
 @pytest.mark.parametrize(
     ("verifier", "kind", "count", "expected"),
     [
-        (OneHotVerifier(), IID, 2, 0.35),
-        (OneHotVerifier(), WITHOUT, 2, 0.41944444),
-        (RecursiveVerifier(), IID, 1, 0.6),
-        (RecursiveVerifier(), IID, 2, 0.72),
-        (RecursiveVerifier(), WITHOUT, 2, 0.76428571),
-        (ChainVerifier(), IID, 1, 0.6),
-        (KSeqVerifier(), IID, 1, 0.6),
-        (KSeqVerifier(), IID, 2, 0.75),
+        (OneHotVerifier, IID, 2, 0.35),
+        (OneHotVerifier, WITHOUT, 2, 0.41944444),
+        (RecursiveVerifier, IID, 1, 0.6),
+        (RecursiveVerifier, IID, 2, 0.72),
+        (RecursiveVerifier, WITHOUT, 2, 0.76428571),
+        (ChainVerifier, IID, 1, 0.6),
+        (KSeqVerifier, IID, 1, 0.6),
+        (KSeqVerifier, IID, 2, 0.75),
     ],
-    ids=str,
 )
 def test_weighing_what_was_drawn_accepts_more(
-    verifier: Verifier, kind: ProposalKind, count: int, expected: float
+    verifier: type[Verifier], kind: ProposalKind, count: int, expected: float
 ) -> None:
     """By hand: with one draw the overlap of p and q, which is the most that is possible."""
     p_V, q = torch.tensor([0.4, 0.3, 0.2, 0.1]), [0.1, 0.2, 0.3, 0.4]
 
     def hits(course: Course) -> bool:
         proposal = Proposal(kind, torch.tensor(q), tuple(draws(course, kind, q, count)))
-        return verifier.choose(proposal, p_V, course) in proposal.drawn
+        return verifier().choose(proposal, p_V, course) in proposal.drawn
 
     assert distribution(hits, PLAIN)[True] == pytest.approx(expected, abs=1e-6)
 
@@ -331,6 +333,7 @@ def trees(draw: st.DrawFn, vocab: int = 6) -> DraftTree:
     return builder.build()
 
 
+@settings(max_examples=60, deadline=None)
 @given(tree=trees(), seed=st.integers(0, 999))
 def test_greedy_answers_are_the_walk_of_largest_logits(tree: DraftTree, seed: int) -> None:
     logits_NV = torch.randn(len(tree), 6, generator=torch.Generator().manual_seed(seed))
@@ -345,6 +348,7 @@ def test_greedy_answers_are_the_walk_of_largest_logits(tree: DraftTree, seed: in
         assert verifier.walk(tree, logits_NV, Sampler(SamplingParams())) == (tuple(path), best)
 
 
+@settings(max_examples=60, deadline=None)
 @given(tree=trees(), seed=st.integers(0, 999))
 def test_one_hot_answers_are_those_of_plain_decoding_with_the_same_seed(
     tree: DraftTree, seed: int
@@ -356,6 +360,7 @@ def test_one_hot_answers_are_those_of_plain_decoding_with_the_same_seed(
     assert [*(tree.tokens[node] for node in walk.path[1:]), walk.token_id] == expected
 
 
+@settings(max_examples=60, deadline=None)
 @given(tree=trees(), room=st.integers(1, 16))
 def test_trees_stay_within_their_budget_and_keep_to_one_kind_of_children(
     tree: DraftTree, room: int

@@ -21,6 +21,7 @@ from apb.speculate.vocabulary import DraftVocabulary
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=30)
 IDS = st.lists(st.integers(0, 40), min_size=1, max_size=20, unique=True)
+quick = settings(deadline=None, max_examples=60)
 FULL = DraftVocabulary(
     torch.tensor([7, 2, 9]), torch.tensor([5, 5, 1]), 13, "0123456789abcdef", "notes, ``a.jsonl``"
 )
@@ -41,6 +42,7 @@ def pt_bytes(value: object) -> bytes:
     return buffer.getvalue()
 
 
+@quick
 @given(counts=COUNTS, data=st.data())
 def test_a_ranking_has_the_stop_tokens_and_the_most_frequent_others(
     counts: list[int], data: st.DataObject
@@ -60,6 +62,7 @@ def test_a_ranking_has_the_stop_tokens_and_the_most_frequent_others(
         assert vocabulary.coverage == sum(counts[i] for i in found) / sum(counts)
 
 
+@quick
 @given(counts=COUNTS, data=st.data())
 def test_a_cut_is_the_ranking_of_that_size(counts: list[int], data: st.DataObject) -> None:
     stop_ids = data.draw(st.sets(st.integers(0, len(counts) - 1), max_size=3))
@@ -77,6 +80,7 @@ def test_a_cut_is_the_ranking_of_that_size(counts: list[int], data: st.DataObjec
     assert cut.coverage == short.coverage
 
 
+@quick
 @given(ids=IDS, stop_ids=st.sets(st.integers(0, 40), max_size=3), data=st.data())
 def test_a_cut_of_any_list_has_its_size_and_all_stop_tokens(
     ids: list[int], stop_ids: set[int], data: st.DataObject
@@ -97,6 +101,7 @@ def test_a_cut_that_does_not_fit_is_refused(size: int, stop_ids: list[int]) -> N
         FULL.first(size, stop_ids)
 
 
+@quick
 @given(ids=IDS, more=st.lists(st.integers(0, 40), max_size=30))
 def test_further_ids_stand_behind_in_order_and_once(ids: list[int], more: list[int]) -> None:
     before = of_ids(ids)
@@ -259,7 +264,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", ["list.pt", "list.safetensors"])
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_a_list(
@@ -317,5 +322,10 @@ def test_what_cannot_be_written_is_one_sentence_and_leaves_the_old_file(
             FULL.write(target)
         assert str(caught.value).startswith(str(target))
         assert words in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", lambda *_: full(tmp_path / "moved", b""))
+    with pytest.raises(InputError, match="No space left on device"):
+        FULL.write(path)
+    (tmp_path / "moved").unlink()
     assert path.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["folder.pt", "list.pt"]

@@ -1,0 +1,162 @@
+"""Guarantees of training heads: unrolled drafts are those of drafting, runs resume, heads learn."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from apb.errors import InputError
+from apb.speculate.base import Rotary
+from apb.speculate.eagle_head import Eagle2Head, EagleHead, HeadShape
+from apb.train.__main__ import main
+from apb.train.eagle import EagleTrainer, HeldOut, Recipe, Teacher
+from apb.train.features import FeatureFolder, FeatureSpec
+from apb.train.unroll import drafted_states
+
+SHAPE = HeadShape(
+    hidden_size=16,
+    intermediate_size=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    state_sizes=(16,),
+)
+SPEC = FeatureSpec("random", "", ("nothing",), lessons=12, length=9, hidden_size=16, seed=0)
+RECIPE = Recipe(steps=6, batch=2, held_out=4, save_every=2, warm_up=2)
+
+
+def make_head() -> Eagle2Head:
+    torch.manual_seed(0)
+    return Eagle2Head(SHAPE, Rotary(torch.tensor([1.0, 0.1]), 1.0))
+
+
+def drafted_alone(head: EagleHead, embeds_TM: Tensor, states_TM: Tensor, start: int) -> Tensor:
+    """A draft that begins behind row `start`: one row after the other, all seen, no masks."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def attend(layer_idx: int, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor) -> Tensor:
+        seen.append((k_KTD, v_KTD))
+        k_HSD, v_HSD = (
+            torch.cat(x, dim=1).repeat_interleave(2, dim=0) for x in zip(*seen, strict=True)
+        )
+        return (q_HTD @ k_HSD.mT / 2.0).softmax(-1) @ v_HSD
+
+    outputs, state_1M = [], states_TM[:1]
+    for row in range(len(embeds_TM)):
+        state_1M = states_TM[row : row + 1] if row <= start else outputs[-1]
+        outputs.append(
+            head(embeds_TM[row : row + 1], state_1M, torch.tensor([row]), attend).states_TM
+        )
+    return torch.cat(outputs)
+
+
+@torch.inference_mode()
+def test_unrolled_drafts_are_those_of_drafting_row_by_row() -> None:
+    head = make_head()
+    embeds_TM, states_TM = torch.randn(2, 8, 16).unbind()
+    unrolled = list(drafted_states(head, embeds_TM[None], states_TM[None], steps=4))
+    for start in range(8):
+        alone_TM = drafted_alone(head, embeds_TM, states_TM, start)
+        for step in range(min(4, 8 - start)):
+            torch.testing.assert_close(unrolled[step][0, start + step], alone_TM[start + step])
+
+
+def make_features(folder: Path) -> FeatureFolder:
+    generator = torch.Generator().manual_seed(0)
+    features = FeatureFolder(folder, SPEC)
+    while len(features) < SPEC.lessons:
+        tokens_NL = torch.randint(0, 50, (4, 9), generator=generator)
+        features.append(tokens_NL, torch.randn(4, 9, 16, generator=generator))
+    return features
+
+
+def make_trainer(folder: Path, recipe: Recipe = RECIPE) -> EagleTrainer:
+    generator = torch.Generator().manual_seed(1)
+    table_VM = torch.randn(50, 16, generator=generator)
+    teacher = Teacher(table_VM, table_VM[:20], torch.arange(20))
+    return EagleTrainer(make_head(), teacher, make_features(folder), recipe, folder)
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    broken = make_trainer(tmp_path / "broken")
+    loss, count = broken._loss, iter(range(100))
+
+    def fail(*batch: Tensor) -> tuple[Tensor, str]:
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return loss(*batch)
+
+    monkeypatch.setattr(broken, "_loss", fail)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = make_trainer(tmp_path / "broken")
+    resumed.train()
+    for name, weight in whole.head.state_dict().items():
+        torch.testing.assert_close(resumed.head.state_dict()[name], weight, rtol=0, atol=0)
+
+
+def test_the_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path).train()
+    with pytest.raises(InputError, match="other settings"):
+        make_trainer(tmp_path, replace(RECIPE, batch=3))
+
+
+def test_features_that_were_half_written_are_written_again(tmp_path: Path) -> None:
+    features = make_features(tmp_path)
+    tokens_NL, states_NLM = features.read(range(12))
+    with (tmp_path / "tokens.i32").open("ab") as file:
+        file.write(b"half")
+    assert len(features) == 12
+    features.append(tokens_NL[:1], states_NLM[:1])
+    again_NL, _ = features.read(range(13))
+    assert torch.equal(again_NL, torch.cat([tokens_NL, tokens_NL[:1]]))
+    with pytest.raises(InputError, match="other settings"):
+        FeatureFolder(tmp_path, replace(SPEC, seed=1))
+
+
+def test_acceptance_of_a_chain() -> None:
+    assert HeldOut((0.5, 0.5)).acceptance_length == 1.75
+
+
+def test_the_command_trains_a_head_that_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text that repeats itself: what the head has learnt shows on lessons it has not seen."""
+    (tmp_path / "text.txt").write_text("the same words again and again, " * 400)
+    arguments = [
+        *("eagle", "+model=tiny", f"data={tmp_path / 'text.txt'}", f"output={tmp_path / 'head'}"),
+        *("lessons=24", "length=64", "held_out=4", "batch=4"),
+    ]
+    shares = []
+    for steps in (1, 60):
+        assert main([*arguments, f"steps={steps}", f"work={tmp_path / str(steps)}"]) == 0
+        shares.append(float(capsys.readouterr().out.split("by depth ")[1].split(",")[0]))
+    assert shares[1] > shares[0] + 0.2
+    assert json.loads((tmp_path / "head" / "config.json").read_text())["tokenizer_hash"]
+    assert "python -m apb.train eagle" in (tmp_path / "head" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "say what to train"),
+        (["eagle", "+model=tiny"], "data= and output= are needed"),
+        (["eagle", "+model=tiny", "data=/nowhere", "output=x"], "data=/nowhere does not exist"),
+        (["eagle", "+model=tiny", "data=.", "output=x", "steps=0"], "steps=0"),
+        (["eagle", "+model=tiny", "data=.", "output=x", "speed=9"], "unknown option speed=9"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
