@@ -103,10 +103,9 @@ class CorpusFile:
     def _read_field(self, record: Any, where: str) -> str | list[Any]:
         fields = record if isinstance(record, dict) else {}
         if self.field not in fields:
-            known = ", ".join(fields) or "none"
             raise InputError(
-                f"{where} has no field {self.field!r} (its fields: {known}): name the field to "
-                "read, or give another file"
+                f"{where} has no field {self.field!r} (its fields: {list(fields)[:8]}): name the "
+                "field to read, or give another file"
             )
         content = fields[self.field]
         if not isinstance(content, str | list):

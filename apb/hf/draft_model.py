@@ -191,5 +191,5 @@ def _named(name: str) -> ModelConfig:
     if name not in files:
         return ModelConfig(name=name, path=name)
     settings = yaml.safe_load(files[name].read_text(encoding="utf-8"))
-    del settings["defaults"]
+    settings.pop("defaults", None)
     return ModelConfig(**settings)

@@ -47,7 +47,7 @@ class Speculator:
     """Drafts for one request after the other on the owner.
 
     A drafter that fails is dropped for the rest of the request with a warning, and the answer goes
-    on without it, the same.
+    on without it.
     """
 
     def __init__(self, config: DrafterConfig, target: DraftTarget) -> None:

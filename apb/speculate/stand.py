@@ -108,7 +108,7 @@ class StandDrafter(Drafter):
 
     def _ranked(self, context: Ngram) -> Iterator[Follower[Ngram]]:
         for token_id, prob in self.followers(context).items():
-            yield Follower(token_id, prob, self._after(context, token_id))
+            yield Follower(token_id, prob, self._after(context, token_id), kind=len(context))
 
     def _draw_tree(self, tree: TreeBuilder, source: int) -> None:
         """One more draw at a node for each slot; a smaller budget gives the same tree cut short.

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,7 +180,8 @@ class DraftVocabulary:
 
     def _as_safetensors(self) -> bytes:
         tensors = {"token_ids": self.token_ids_C}
-        metadata = {"kind": _KIND, "version": _VERSION, "corpus": self.corpus}
+        corpus = self.corpus.encode("utf-8", "replace").decode()  # paths may be anything
+        metadata = {"kind": _KIND, "version": _VERSION, "corpus": corpus}
         if self.counts_C is not None:
             tensors["counts"] = self.counts_C
         if self.corpus_tokens is not None:
@@ -211,7 +213,8 @@ def checked_path(name: str | Path, *, to_write: bool = False) -> Path:
 
 def _read_pt(path: Path) -> _Stored:
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's doubts about the pickle's version
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails with any exception
         raise InputError(
             f"{path} cannot be read as a list of token ids: it is truncated or damaged, or holds "

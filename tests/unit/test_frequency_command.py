@@ -287,18 +287,18 @@ GOOD_RECORD = b'{"text": "x"}\n'
         (
             "data=.",
             {"a.jsonl": b'\n{"body": "x", "id": 1}\n'},
-            "a.jsonl:2 has no field 'text' (its fields: body, id)",
+            "a.jsonl:2 has no field 'text' (its fields: ['body', 'id'])",
         ),
         (
             "data=a.jsonl",
             {"a.jsonl": GOOD_RECORD + b"[1]\n"},
-            "a.jsonl:2 has no field 'text' (its fields: none)",
+            "a.jsonl:2 has no field 'text' (its fields: [])",
         ),
         ("data=a.jsonl", {"a.jsonl": b'{"text": 5}'}, "a.jsonl:1 has neither text nor token ids"),
         ("data=a.jsonl", {"a.jsonl": b'{"text": ["x"]}'}, "the record a.jsonl:1 is neither text"),
         ("data=a.jsonl", {"a.jsonl": b'{"text": ""}'}, "there are no tokens in the files given"),
         ("generations=.", {"a.txt": b"x"}, "generations=. holds no .json or .jsonl"),
-        ("generations=a", {"a": b'{"text": "x"}'}, "a:1 has no field 'token_ids' (its fields: t"),
+        ("generations=a", {"a": b'{"text": "x"}'}, "a:1 has no field 'token_ids' (its fields: ['t"),
         (
             "generations=a.json",
             {"a.json": b'{"token_ids": [1, 260]}'},

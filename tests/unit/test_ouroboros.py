@@ -157,7 +157,18 @@ def test_drafts_keep_to_the_budget_and_smaller_ones_begin_larger_ones(
     assert len(tree) == min(max_nodes, len(largest)) <= 32
     assert tree.tokens == largest.tokens[: len(tree)]
     assert tree.parents == largest.parents[: len(tree)]
-    assert largest.sources.count(2) <= 32 // 3, "recycled tokens leave room for phrases"
+
+
+def test_recycled_tokens_leave_room_for_phrases() -> None:
+    """Each token has eight followers, enough for any tree; a third of it is theirs."""
+    drafter = build(length=3, phrases=1)
+    tree = DraftTree(tuple(range(10)), (-1, *range(9)), (0,) * 10)
+    logits_NV = torch.zeros(10, VOCAB)
+    logits_NV[:, :8] = 1.0
+    drafter.observe([3, 2, 1, 0], Verified(tree, (0,), (3, 2, 1, 0), logits_NV))
+    found = drafted(drafter, 3)
+    assert (2, 1, 0) in spelled(found)
+    assert 1 + 3 < len(found) <= 1 + 3 + 32 // 3 + 3
 
 
 @pytest.mark.parametrize(("history", "expected"), [(True, [(6, 5, 4)]), (False, [])])
@@ -173,5 +184,6 @@ def test_phrases_outlive_a_request_where_that_is_wanted(
 
 @pytest.mark.parametrize("name", ["phrases", "length", "capacity", "width"])
 def test_bad_settings_are_named(name: str) -> None:
+    wrong: dict[str, Any] = {name: 0}
     with pytest.raises(InputError, match=f"drafter.{name}=0 must be at least 1"):
-        OuroborosConfig(**{name: 0})
+        OuroborosConfig(**wrong)
