@@ -151,7 +151,9 @@ def _count_files(counter: TokenCounter, files: Sequence[CorpusFile]) -> int:
     left_out = 0
     total = sum(file.num_bytes for file in files)
     # None lets tqdm stay silent where stderr is no terminal.
-    with tqdm(total=total, desc="counting", unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=total, desc="counting", unit="B", unit_scale=True, disable=None, leave=False
+    ) as bar:
         for passage in chain.from_iterable(file.passages() for file in files):
             counter.add(passage)
             left_out += passage.left_out

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from apb.attention.base import Segment
 from apb.attention.sdpa import SdpaBackend
-from apb.hf.linear import WideLinears, has_fast_bf16
+from apb.hf.linear import WideLinears
+from apb.packed import has_fast_bf16
 
 _PROBE_ROWS = 128
 _FEWEST_REPEATS, _MOST_REPEATS = 3, 9

@@ -18,8 +18,8 @@ import torch
 
 from apb.config import compose_config
 from apb.errors import ApbError
-from apb.hf.linear import has_fast_bf16
 from apb.hf.model import DTYPES, load_config
+from apb.packed import has_fast_bf16
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.memory import Sizes
 from benchmarks.prefill_report import render

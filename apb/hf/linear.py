@@ -14,15 +14,6 @@ MIN_ROWS = 16
 CHUNK_ROWS = 1024
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices at least as fast as fp32 ones."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    get = getattr(torch.cpu, "get_capabilities", None)  # older torch does not tell: assume not
-    capabilities = {} if get is None else get()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_tile", "bf16"))
-
-
 class WideLinears(TorchFunctionMode):
     """Within this context, 16-bit linear layers over many rows multiply in fp32.
 

@@ -19,11 +19,11 @@ from apb.hf import attention
 from apb.hf.checkpoint import Checkpoint, check_supported
 from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
-from apb.hf.linear import MIN_ROWS, WideLinears, has_fast_bf16
-from apb.hf.packed import pack_linears
+from apb.hf.linear import MIN_ROWS, WideLinears
 from apb.hf.shape import model_shape
 from apb.methods.base import Attend
 from apb.model_config import CHUNK_LEN, ModelConfig
+from apb.packed import has_fast_bf16, pack_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

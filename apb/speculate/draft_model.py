@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from apb.errors import InputError
 from apb.sampling import filtered_probs, new_generator
@@ -155,8 +154,8 @@ class SampledModelDrafter(ModelDrafter):
     def _draw(self, states_1M: Tensor) -> tuple[Proposal, float]:
         """A token, and how likely it was."""
         assert self._head is not None, "extend_tree before begin"
-        weight_CM, ids_C = self._head
-        logits_C = F.linear(states_1M, weight_CM)[0].float().cpu()
+        ids_C = self._head.ids_C
+        logits_C = self._head.logits(states_1M)[0].cpu()
         probs_C = filtered_probs(logits_C, self._sampling)
         index = int(probs_C.multinomial(1, generator=self._generator))
         token_id = index if ids_C is None else int(ids_C[index])

@@ -11,12 +11,14 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from apb.errors import InputError
+from apb.packed import pack_linears
 from apb.speculate.base import (
     Drafter,
     DrafterConfig,
@@ -34,6 +36,9 @@ from apb.speculate.eagle_options import HeadSettings, RopeSource, TargetFacts
 from apb.speculate.tree import TreeBuilder
 
 _log = logging.getLogger(__name__)
+
+SHIPPED_HEAD = "eagle"
+"""The folder of a head within what is shipped for a model."""
 
 
 class EagleDrafter(Drafter):
@@ -53,6 +58,7 @@ class EagleDrafter(Drafter):
         lm_head_for: Callable[[Sequence[int]], LmHead],
         depth: int,
         topk: int,
+        min_chance: float,
     ) -> None:
         """`lm_head_for` gives the rows for a prompt. The cache is the drafter's alone."""
         self.needs = needs
@@ -60,6 +66,7 @@ class EagleDrafter(Drafter):
         self._embedding_VM, self._lm_head_for = embedding_VM, lm_head_for
         self._lm_head: LmHead | None = None
         self._depth, self._topk = depth, topk
+        self._least = math.log(min_chance) if min_chance > 0 else -math.inf
         self._tokens: list[int] = []
         self._unread: list[tuple[list[int], Tensor]] = []
         self._last: HeadOutput | None = None
@@ -129,7 +136,7 @@ class EagleDrafter(Drafter):
         level = self._first_level(last, width, considered)
         for position in range(root, root + min(self._depth, room) - 1):
             best = float(level.scores_W[0])
-            if best < floor or best <= considered.score_of(room):
+            if best < max(floor, self._least) or best <= considered.score_of(room):
                 break
             level = self._next_level(level, position, width, considered)
         return considered
@@ -179,6 +186,8 @@ class EagleConfig(DrafterConfig):
             write it; empty is the one that apb ships for the model.
         depth: tokens on a path of the tree at most.
         topk: children looked at of each node, and nodes expanded of each level.
+        min_chance: levels are looked at behind nodes that are likelier than this alone, a rule
+            like Kangaroo's (https://arxiv.org/abs/2404.18911).
         sinks: first tokens of the prompt that the head sees.
         window: last tokens of the text that it sees.
         rope: whose rotary embedding it uses; None is the target's for EAGLE-1/2, else its own.
@@ -190,6 +199,7 @@ class EagleConfig(DrafterConfig):
     head: str = ""
     depth: int = 5
     topk: int = 8
+    min_chance: float = 0.1
     sinks: int = 4
     window: int = 1024
     rope: RopeSource | None = None
@@ -202,6 +212,8 @@ class EagleConfig(DrafterConfig):
         for name, least in (("depth", 1), ("topk", 1), ("sinks", 0), ("window", self.depth + 1)):
             if getattr(self, name) < least:
                 raise InputError(f"drafter.{name}={getattr(self, name)} must be at least {least}")
+        if not 0.0 <= self.min_chance < 1.0:
+            raise InputError(f"drafter.min_chance={self.min_chance} must lie between 0 and 1")
 
     def build_drafter(self, target: DraftTarget) -> EagleDrafter:
         checkpoint = self.checkpoint(target)
@@ -214,8 +226,10 @@ class EagleConfig(DrafterConfig):
         return self.drafter(target, checkpoint, lambda prompt_ids: lm_head)
 
     def checkpoint(self, target: DraftTarget) -> EagleCheckpoint:
-        folder = self.head or target.drafting
-        if not folder:
+        folder = Path(self.head)
+        if not self.head and target.drafting is not None:
+            folder = target.drafting / SHIPPED_HEAD
+        elif not self.head:
             raise InputError(
                 "drafter.head is not set, and apb ships none for this model: give the folder of an "
                 "EAGLE head that was trained for it"
@@ -246,6 +260,7 @@ class EagleConfig(DrafterConfig):
     ) -> EagleDrafter:
         device, dtype = target.device, target.dtype
         head = checkpoint.head.to(device, dtype).requires_grad_(False)
+        pack_linears(head)
         inv_freq_F, scaling = head.rotary
         head.rotary = Rotary(inv_freq_F.to(device, torch.float32), scaling)
         entering = checkpoint.options.entering.value
@@ -259,6 +274,7 @@ class EagleConfig(DrafterConfig):
             lm_head_for=lm_head_for,
             depth=self.depth,
             topk=self.topk,
+            min_chance=self.min_chance,
         )
 
 

@@ -10,21 +10,30 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from apb.packed import pack_linears
 from apb.speculate.tree import Claim, TreeBuilder
 
 
-class LmHead(NamedTuple):
+class LmHead:
     """Rows of an LM head and the target's ids that they stand for; None where they are equal."""
 
-    weight_CM: Tensor
-    ids_C: Tensor | None = None
+    def __init__(self, weight_CM: Tensor, ids_C: Tensor | None = None) -> None:
+        self.ids_C = ids_C
+        with torch.device("meta"):
+            self._product = nn.Linear(weight_CM.shape[1], weight_CM.shape[0], bias=False)
+        self._product.weight = nn.Parameter(weight_CM, requires_grad=False)
+        pack_linears(self._product)
+
+    def logits(self, x_TM: Tensor) -> Tensor:
+        """``[T, C]`` in fp32."""
+        logits_TC: Tensor = self._product(x_TM).float()
+        return logits_TC
 
     def best(self, x_TM: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities and ids of each row's likeliest tokens, both ``[T, count]``."""
-        logits_TC = F.linear(x_TM, self.weight_CM).float()
+        logits_TC = self.logits(x_TM)
         best = logits_TC.topk(min(count, logits_TC.shape[1]))
         logprobs_TW = best.values - logits_TC.logsumexp(dim=-1, keepdim=True)
         ids_TW = best.indices if self.ids_C is None else self.ids_C[best.indices]

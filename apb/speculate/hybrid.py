@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +15,53 @@ from apb.speculate.frspec import FrSpecConfig
 from apb.speculate.recycling import RecyclingConfig, RecyclingDrafter
 from apb.speculate.suffix import SuffixConfig, SuffixDrafter
 from apb.speculate.tree import TreeBuilder
+
+
+class Worth:
+    """Whether steps with something yield more tokens a second than steps without it.
+
+    A step lasts from one question to the next, so that drafting, verifying and all exchanges are in
+    it. The worse choice is made once in a while, lest a change of the text go unnoticed.
+    """
+
+    _KEEP = 0.95
+    _EXPLORE_EVERY = 12
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._tokens, self._seconds = [0.0, 0.0], [0.0, 0.0]
+        self._last: tuple[bool, float] | None = None
+        self._count = 0
+
+    def begin(self) -> None:
+        """A new request: what passes until its first step is none."""
+        self._last = None
+
+    def emitted(self, count: int) -> None:
+        if self._last is not None:
+            self._tokens[self._last[0]] += count
+
+    def try_it(self, may: bool) -> bool:
+        """Whether to use it in the step that begins now; steps in which it may not be are left
+        out.
+        """
+        now = self._clock()
+        if self._last is not None:
+            used, started = self._last
+            self._seconds[used] += now - started
+            self._tokens[used] *= self._KEEP
+            self._seconds[used] *= self._KEEP
+        choice = may and self._choice()
+        self._last = (choice, now) if may else None
+        return choice
+
+    def _choice(self) -> bool:
+        self._count += 1
+        if not all(self._seconds):
+            return not self._seconds[True]
+        rates = [tokens / s for tokens, s in zip(self._tokens, self._seconds, strict=True)]
+        better = rates[True] >= rates[False]
+        return better if self._count % self._EXPLORE_EVERY else not better
 
 
 class HybridDrafter(Drafter):
@@ -33,15 +81,16 @@ class HybridDrafter(Drafter):
         *,
         enough: float,
     ) -> None:
-        """The head is not asked where the document promises `enough` tokens: it alone takes time
-        that counts.
+        """The head alone takes time that counts: it is not asked where the document promises
+        `enough` tokens, nor where answers have come faster without it.
         """
         self._suffix, self._recycling, self._head = suffix, recycling, head
-        self._enough = enough
+        self._enough, self._worth = enough, Worth()
         if head is not None:
             self.needs = head.needs
 
     def begin(self, request: DraftRequest) -> None:
+        self._worth.begin()
         for drafter in self._drafters:
             drafter.begin(request)
 
@@ -50,6 +99,7 @@ class HybridDrafter(Drafter):
             self._head.read(positions, states_TE)
 
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
+        self._worth.emitted(len(new_ids))
         for drafter in self._drafters:
             drafter.observe(new_ids, verified)
 
@@ -59,7 +109,7 @@ class HybridDrafter(Drafter):
         promised = tree.outlook
         tree.allow(each)
         self._recycling.extend_tree(tree, source=source + 1)
-        if self._head is not None and promised < self._enough:
+        if self._head is not None and self._worth.try_it(promised < self._enough):
             tree.allow(each)
             self._head.extend_tree(tree, source=source + 2)
 

@@ -20,20 +20,21 @@ class RecyclingDrafter(Drafter):
     """Token Recycling (Luo et al. 2024, https://arxiv.org/abs/2408.08696).
 
     After each step the likeliest followers of every node's token replace those remembered for that
-    token. A draft walks over what is remembered, best first by rank instead of the paper's fixed
-    tree. Until the target has said something of a token, its followers in the prompt stand in.
+    token, also for later requests. A draft walks over what is remembered, best first by rank
+    instead of the paper's fixed tree. Until the target has said something of a token, its followers
+    in the prompt stand in.
     """
 
     def __init__(self, *, width: int) -> None:
         self._width = width
-        self._followers: dict[int, list[int]] = {}
-        self._told = set[int]()
+        self._told: dict[int, list[int]] = {}
+        self._in_prompt: dict[int, list[int]] = {}
         self._last = 0
 
     def begin(self, request: DraftRequest) -> None:
-        self._followers, self._told = {}, set()
+        self._in_prompt = {}
         for follower, token_id in pairwise(reversed(request.prompt_ids)):  # the latest count most
-            known = self._followers.setdefault(token_id, [])
+            known = self._in_prompt.setdefault(token_id, [])
             if len(known) < self._width and follower not in known:
                 known.append(follower)
 
@@ -44,17 +45,18 @@ class RecyclingDrafter(Drafter):
         width = min(self._width, verified.logits_NV.shape[1])
         best_NK = verified.logits_NV.topk(width, dim=-1).indices.tolist()
         for token_id, best in zip(verified.tree.tokens, best_NK, strict=True):
-            self._followers[token_id] = best
-        self._told.update(verified.tree.tokens)
+            self._told[token_id] = best
 
     def extend_tree(self, tree: TreeBuilder, *, source: int) -> None:
         tree.add_likeliest(self._last, self._ranked, source=source)
 
     def _ranked(self, token_id: int) -> Iterator[Follower[int]]:
-        told = token_id in self._told
-        for rank, follower in enumerate(self._followers.get(token_id, ())):
+        told = self._told.get(token_id)
+        known = self._in_prompt.get(token_id, ()) if told is None else told
+        for rank, follower in enumerate(known):
             share = _BEST * _DECAY**rank
-            yield Follower(follower, share, follower, kind=rank + (self._width if told else 0))
+            kind = rank if told is None else self._width + rank
+            yield Follower(follower, share, follower, kind)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -72,9 +72,7 @@ def test_claims_are_worth_how_often_they_came_true() -> None:
     assert chances.of(tree)[2] / chances.of(tree)[1] == before[2] / before[1]
 
 
-def run(
-    controller: LengthController, accepted: int, seconds_of: StepTime, steps: int
-) -> list[int]:
+def run(controller: LengthController, accepted: int, seconds_of: StepTime, steps: int) -> list[int]:
     """Sizes of the trees of some steps, over chains of which so many nodes are accepted."""
     pool = chain_of([Claim(0.6, length.bit_length()) for length in range(1, 32)])
     sizes = []

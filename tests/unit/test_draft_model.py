@@ -199,8 +199,11 @@ def test_trees_are_those_of_whole_forward_passes_whatever_was_accepted(
         tree = drafted(drafter, text[-1], max_nodes)
         expected = likeliest(text, depth=depth, topk=topk)
         assert spelled(tree) == list(expected)[: max_nodes - 1]
-        accepted = list(expected)[int(torch.randint(len(expected), (1,), generator=choose))]
-        new_ids = [*accepted[: step % (depth + 1)], *random_ids(1, seed=step)]
+        path = list(expected)[int(torch.randint(len(expected), (1,), generator=choose))]
+        accepted = path[: step % (depth + 1)]
+        # The target's own token may be one that was considered, and read.
+        own = () if step % 2 and accepted else random_ids(1, seed=step)
+        new_ids = [*accepted, *own]
         drafter.observe(new_ids, None)
         text += new_ids
 

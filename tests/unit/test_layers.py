@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     {"errors", "paths"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments"},
+    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},

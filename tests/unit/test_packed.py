@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apb.hf import packed
-from apb.hf.packed import MAX_ROWS, pack_linears
+from apb import packed
+from apb.packed import MAX_ROWS, pack_linears
 
 
 def make_layer(*, bias: bool, dtype: torch.dtype = torch.float32) -> nn.Linear:

@@ -46,7 +46,7 @@ def drafted_alone(head: EagleHead, embeds_TM: Tensor, states_TM: Tensor, start: 
         )
         return (q_HTD @ k_HSD.mT / 2.0).softmax(-1) @ v_HSD
 
-    outputs, state_1M = [], states_TM[:1]
+    outputs: list[Tensor] = []
     for row in range(len(embeds_TM)):
         state_1M = states_TM[row : row + 1] if row <= start else outputs[-1]
         outputs.append(

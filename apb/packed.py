@@ -7,14 +7,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apb.hf.linear import has_fast_bf16
-
 MAX_ROWS = 64
 """Beyond this many rows the plain product costs no more."""
 _PACKED_FOR = 8
 """Rows that oneDNN has in mind when it chooses an order."""
 _SHARE_OF_MEMORY = 0.25
 """What packed copies of the weights may take of the memory that is available."""
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices at least as fast as fp32 ones."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    get = getattr(torch.cpu, "get_capabilities", None)  # older torch does not tell: assume not
+    capabilities = {} if get is None else get()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_tile", "bf16"))
 
 
 def pack_linears(model: nn.Module) -> bool:
