@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,32 +25,50 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_tile", "bf16"))
 
 
-def pack_linears(model: nn.Module) -> bool:
-    """Let the model's linear layers multiply few rows by packed copies of their weights.
+class PackedLinear:
+    """A linear layer's product with few rows.
 
-    Plain products of 2 to 32 rows take up to three times as long as one row does, because the
-    weights are reordered each time; with packed ones up to 12 rows take no longer than one, which
-    is what makes verifying drafts worth it (SmolLM2-135M's layers in fp32 on 2 cores of an EPYC
-    Milan: 75 ms for 2 rows and 64 for 12, packed 27 and 37). Packing is left to each layer's first
-    use with few rows, so that a rank that never decodes has no copies.
-
-    Returns whether it is done: where the CPU multiplies the dtype and memory allows.
+    Plain products with 2 to 32 rows take up to three times as long as with one row, because the
+    weights are reordered each time; with packed ones up to 12 rows take hardly longer than one,
+    which is what makes verifying drafts worth it (SmolLM2-135M's layers in fp32 on 2 cores of an
+    EPYC Milan: 75 ms for 2 rows and 64 for 12, packed 27 and 37).
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    weight_bytes = sum(layer.weight.nbytes for layer in layers)
-    if not _is_supported(layers) or weight_bytes > _SHARE_OF_MEMORY * _available_bytes():
-        return False
-    for layer in layers:
-        layer.forward = _PackedLinear(layer)  # type: ignore[assignment]
-    return True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        # What torch's own compiler does with the weights of a frozen model.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._packed, self._bias, "none", [], ""
+        )
+        return product
 
 
-def _is_supported(layers: list[nn.Linear]) -> bool:
+def can_pack(weights: Sequence[Tensor]) -> bool:
+    """Whether the CPU multiplies packed weights of their dtype, and memory holds the copies."""
     cpu = torch.device("cpu")
-    dtypes = {layer.weight.dtype for layer in layers if layer.weight.device == cpu}
+    dtypes = {weight.dtype for weight in weights if weight.device == cpu}
     fast = dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and has_fast_bf16(cpu))
     has_operators = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return fast and has_operators and torch.backends.mkldnn.is_available()
+    if not fast or not has_operators or not torch.backends.mkldnn.is_available():
+        return False
+    num_bytes = sum(weight.nbytes for weight in weights)
+    return num_bytes <= _SHARE_OF_MEMORY * _available_bytes()
+
+
+def pack_linears(model: nn.Module) -> bool:
+    """Let a small model's linear layers multiply few rows by packed copies of their weights.
+
+    A layer is packed when it first meets few rows. Returns whether it is done; see `can_pack`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not can_pack([layer.weight for layer in layers]):
+        return False
+    for layer in layers:
+        layer.forward = _FewRows(layer)  # type: ignore[assignment]
+    return True
 
 
 def _available_bytes() -> int:
@@ -62,20 +81,16 @@ def _available_bytes() -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-class _PackedLinear:
+class _FewRows:
     """A linear layer's `forward`."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self._plain, self._weight, self._bias = layer.forward, layer.weight, layer.bias
-        self._packed: Tensor | None = None
+        self._packed: PackedLinear | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() > MAX_ROWS * x.shape[-1]:
             return self._plain(x)
         if self._packed is None:
-            # What torch's own compiler does with the weights of a frozen model.
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, _PACKED_FOR)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self._bias, "none", [], ""
-        )
-        return product
+            self._packed = PackedLinear(self._weight, self._bias)
+        return self._packed(x)

@@ -19,11 +19,14 @@ from apb.hf import attention
 from apb.hf.checkpoint import Checkpoint, check_supported
 from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
+from apb.hf.lean import LeanDecoder
 from apb.hf.linear import MIN_ROWS, WideLinears
 from apb.hf.shape import model_shape
+from apb.hf.tap import PassTap
 from apb.methods.base import Attend
 from apb.model_config import CHUNK_LEN, ModelConfig
-from apb.packed import has_fast_bf16, pack_linears
+from apb.packed import MAX_ROWS, has_fast_bf16
+from apb.speculate.base import Needs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,7 +64,9 @@ class CausalLM:
         self._model: Any = model.eval().requires_grad_(False)
         self._model.to(device)
         run_in_chunks(self._model, chunk_len)
-        pack_linears(self._model)
+        self._taps: list[PassTap] = []
+        self._is_lean = LeanDecoder.suits(self._model)
+        self._lean: LeanDecoder | None = None
         self._device = device
         self._wide = not has_fast_bf16(device)
 
@@ -151,6 +156,8 @@ class CausalLM:
         """
         if not token_ids:
             return self._forward_nothing(attend)
+        if self._is_lean and len(token_ids) <= MAX_ROWS:
+            return self._few_rows.forward(token_ids, positions_T, attend, self._taps)
         ids_1T = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.device)
         wide = self._wide and len(token_ids) >= MIN_ROWS
         with WideLinears() if wide else nullcontext():
@@ -162,6 +169,27 @@ class CausalLM:
             )
         hidden_TM: Tensor = output.last_hidden_state[0]
         return hidden_TM
+
+    @property
+    def _few_rows(self) -> LeanDecoder:
+        """Made when it is first needed, so that a rank that never decodes packs no weights."""
+        if self._lean is None:
+            self._lean = LeanDecoder(self._model)
+        return self._lean
+
+    def tap(self, needs: Needs) -> PassTap:
+        """Keep those states of every forward pass from now on."""
+        tap = PassTap(needs)
+        self._taps.append(tap)
+        base = self._model.base_model
+        base.register_forward_pre_hook(lambda module, args: tap.begin())
+        for layer_idx in needs.entering:
+            base.layers[layer_idx].register_forward_pre_hook(
+                lambda module, args: tap.entering(module.self_attn.layer_idx, args[0][0])
+            )
+        if needs.final:
+            base.norm.register_forward_hook(lambda module, args, output: tap.final(output[0]))
+        return tap
 
     def _forward_nothing(self, attend: Attend) -> Tensor:
         """transformers cannot reshape zero rows: a rank without a block only meets the others."""
@@ -177,6 +205,8 @@ class CausalLM:
     @torch.inference_mode()
     def logits(self, hidden_TM: Tensor) -> Tensor:
         """Logits ``[T, V]`` in fp32."""
+        if self._is_lean and hidden_TM.shape[0] <= MAX_ROWS:
+            return self._few_rows.logits(hidden_TM)
         head = self._model.get_output_embeddings()
         logits_TV: Tensor = head(hidden_TM).float()
         return logits_TV

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from apb.sampling import SamplingParams
@@ -59,7 +60,14 @@ class Speculator:
         self._tap = None
         if self._built is not None and self._built.needs.anything:
             self._tap = target.tap(self._built.needs)
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="drafter")
+        # With a team of threads of its own, the drafter's would make OpenMP put the target's to sleep
+        # after each operation: a third of a decoding step on 2 cores, long after it was idle.
+        self._pool = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="drafter",
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        )
         self._drafter: Drafter | None = None
         self._ready: Future[None] | None = None
         self._missed: list[Callable[[Drafter], None]] = []

@@ -56,7 +56,8 @@ def config_of(name: str, folder: Path, **settings: Any) -> EagleConfig:
     entering = [0, 1, 2] if "norm.weight" in head.tensors else None
     path = str(head.write(folder / name))
     return EagleConfig(
-        **{"head": path, "entering": entering, "depth": DEPTH, "topk": TOPK} | settings
+        **{"head": path, "entering": entering, "depth": DEPTH, "topk": TOPK, "min_chance": 0.0}
+        | settings
     )
 
 
@@ -75,6 +76,7 @@ class Plain:
     head: Head
     window: Window = UNLIMITED
     scored: Sequence[int] | None = None
+    min_chance: float = 0.0
     pairs: list[Pair] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ class Plain:
         considered: list[tuple[float, tuple[int, ...]]] = []
         beam: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for _ in range(DEPTH):
+            if math.exp(beam[0][0]) < self.min_chance:
+                break
             level = [
                 (score + logprob, (*path, token_id))
                 for score, path in beam
@@ -311,6 +315,19 @@ def test_unlikely_nodes_are_left_out(tmp_path: Path) -> None:
     assert dialogue.drafted(min_score=1.1) == DraftTree.of_root(dialogue.tokens[-1])
 
 
+@pytest.mark.parametrize("min_chance", [0.01, 0.1])
+def test_no_level_is_looked_at_behind_unlikely_nodes_alone(
+    min_chance: float, tmp_path: Path
+) -> None:
+    config = config_of("eagle2", tmp_path, min_chance=min_chance)
+    dialogue = Dialogue(config.build_drafter(TARGET), Plain(EAGLE2, min_chance=min_chance))
+    depths = set[int]()
+    for _ in range(6):
+        dialogue.check()
+        depths.add(max(dialogue.step().depths))
+    assert len(depths) > 1
+
+
 def test_what_others_drafted_is_kept_and_costs_no_room_twice(tmp_path: Path) -> None:
     drafter = config_of("eagle2", tmp_path).build_drafter(TARGET)
     dialogue = Dialogue(drafter, Plain(EAGLE2))
@@ -334,7 +351,7 @@ def _vocabulary(ids: Sequence[int], folder: Path) -> str:
 
 def _frspec(folder: Path, ids: Sequence[int], head: Head = EAGLE2, **settings: Any) -> FrSpecConfig:
     path = str(head.write(folder / "head"))
-    settings = {"depth": DEPTH, "topk": TOPK} | settings
+    settings = {"depth": DEPTH, "topk": TOPK, "min_chance": 0.0} | settings
     return FrSpecConfig(head=path, vocabulary=_vocabulary(ids, folder), **settings)
 
 
@@ -466,6 +483,7 @@ def _attention(q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, visible_TS: Tensor) 
     [
         ({"depth": 0}, "drafter.depth=0 must be at least 1"),
         ({"topk": 0}, "drafter.topk=0"),
+        ({"min_chance": 1.0}, "drafter.min_chance=1.0"),
         ({"sinks": -1}, "drafter.sinks=-1"),
         ({"window": 5, "depth": 5}, "drafter.window=5 must be at least 6"),
     ],

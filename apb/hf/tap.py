@@ -1,0 +1,48 @@
+"""States of forward passes, kept for drafters that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apb.speculate.base import MAX_NODES, Needs, Tapped
+
+
+class PassTap:
+    """Keeps states of one pass after the other; whoever runs the model tells it of them."""
+
+    def __init__(self, needs: Needs) -> None:
+        self._needs = needs
+        self._first, self._last = needs.first, max(needs.last, MAX_NODES)
+        self._rows: Sequence[int] = ()
+        self._states: list[Tensor] = []
+
+    def take(self) -> Tapped:
+        states, self._states = self._states, []
+        return Tapped(self._rows, torch.cat(states, dim=-1))
+
+    def begin(self) -> None:
+        """A new pass."""
+        self._states = []
+
+    def entering(self, layer_idx: int, states_TM: Tensor) -> None:
+        """States before a layer."""
+        if layer_idx in self._needs.entering:
+            self._keep(states_TM)
+
+    def final(self, states_TM: Tensor) -> None:
+        """States after the final norm."""
+        if self._needs.final:
+            self._keep(states_TM)
+
+    def _keep(self, states_TM: Tensor) -> None:
+        num_rows = states_TM.shape[0]
+        if num_rows <= self._first + self._last:
+            self._rows = range(num_rows)
+            self._states.append(states_TM)
+            return
+        self._rows = [*range(self._first), *range(num_rows - self._last, num_rows)]
+        # A copy, so that the states of a long prompt do not stay.
+        self._states.append(states_TM[self._rows])
