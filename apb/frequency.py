@@ -14,7 +14,6 @@ max_tokens=N          stop when so many are counted
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from apb.arguments import parse_words, paths_of, whole_number
 from apb.config import compose_config
 from apb.corpus import CorpusFile, Passage, find_records, find_texts
 from apb.errors import ApbError, InputError
@@ -215,50 +215,23 @@ def load_target(overrides: Sequence[str]) -> Target:
     return Target(config.name, tokenizer, vocab_size, ends.intersection(range(vocab_size)))
 
 
-def parse(arguments: Sequence[str], known: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Values of the `known` keys in ``key=value`` words, and the words about the model.
-
-    Raises:
-        InputError: another key, or no value.
-    """
-    values, overrides = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and value and key.removeprefix("+").partition(".")[0] == "model":
-            overrides.append(argument)
-        elif equals and value and key in known:
-            values[key] = value
-        else:
-            options = ", ".join(f"{name}=" for name in ("model", *known))
-            raise InputError(f"unknown option {argument}: give values to {options}")
-    return values, overrides
-
-
 def build_options(values: dict[str, str]) -> Options:
     """Raises InputError for what is missing, is no number or cannot be written."""
     for key in ("output", "size"):
         if key not in values:
             raise InputError(f"{key}= is needed: see `python -m apb.frequency --help`")
-    data, generations = (
-        tuple(name for name in values.get(key, "").split(",") if name)
-        for key in ("data", "generations")
-    )
+    data, generations = (paths_of(values.get(key, "")) for key in ("data", "generations"))
     if not data and not generations:
         raise InputError("data= or generations= is needed: files or folders to count tokens in")
+    limit = values.get("max_tokens")
     return Options(
         output=checked_path(values["output"], to_write=True),
-        size=_number("size", values["size"]),
+        size=whole_number("size", values["size"]),
         data=data,
         generations=generations,
         field=values.get("field", "text"),
-        max_tokens=_number("max_tokens", values["max_tokens"]) if "max_tokens" in values else None,
+        max_tokens=None if limit is None else whole_number("max_tokens", limit),
     )
-
-
-def _number(key: str, value: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,17}", value):
-        raise InputError(f"{key}={value} must be a number from 1")
-    return int(value)
 
 
 def _lines(arguments: Sequence[str]) -> list[str]:
@@ -266,11 +239,11 @@ def _lines(arguments: Sequence[str]) -> list[str]:
     if not arguments or arguments[0] not in ("build", "show"):
         raise InputError("say `build` or `show` first: see `python -m apb.frequency --help`")
     if arguments[0] == "show":
-        values, overrides = parse(arguments[1:], ("path",))
+        values, overrides = parse_words(arguments[1:], ("path",))
         if "path" not in values:
             raise InputError("path= is needed: the list to show")
         return show(values["path"], load_target(overrides))
-    values, overrides = parse(arguments[1:], Options._fields)
+    values, overrides = parse_words(arguments[1:], Options._fields)
     options = build_options(values)
     vocabulary, notes = build(options, load_target(overrides))
     line = f"{options.output}: {len(vocabulary)} ids cover {_coverage(vocabulary)}"

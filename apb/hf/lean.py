@@ -5,7 +5,7 @@ Letters: T rows, M hidden size, H query heads, K key/value heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,13 @@ class LeanDecoder:
         return is_plain and model.dtype == torch.float32 and can_pack(weights)
 
     def forward(
-        self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend, taps: Sequence[PassTap]
+        self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend, taps: Iterable[PassTap]
     ) -> Tensor:
         """Final hidden states ``[T, M]``."""
         x_TM = F.embedding(torch.tensor(token_ids), self._embedding.weight)
         cos_1TD, sin_1TD = self._rotary(x_TM[None], positions_T[None])
         cos_T1D, sin_T1D = cos_1TD[0, :, None], sin_1TD[0, :, None]
+        taps = list(taps)
         for tap in taps:
             tap.begin()
         for layer in self._layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from apb.hf.gguf import load_gguf_model
 from apb.hf.lean import LeanDecoder
 from apb.hf.linear import MIN_ROWS, WideLinears
 from apb.hf.shape import model_shape
-from apb.hf.tap import PassTap
+from apb.hf.tap import PassTap, watch
 from apb.methods.base import Attend
 from apb.model_config import CHUNK_LEN, ModelConfig
 from apb.packed import MAX_ROWS, has_fast_bf16
@@ -64,7 +65,8 @@ class CausalLM:
         self._model: Any = model.eval().requires_grad_(False)
         self._model.to(device)
         run_in_chunks(self._model, chunk_len)
-        self._taps: list[PassTap] = []
+        self._taps: WeakSet[PassTap] = WeakSet()
+        self._is_watched = False
         self._is_lean = LeanDecoder.suits(self._model)
         self._lean: LeanDecoder | None = None
         self._device = device
@@ -180,15 +182,10 @@ class CausalLM:
     def tap(self, needs: Needs) -> PassTap:
         """Keep those states of every forward pass from now on."""
         tap = PassTap(needs)
-        self._taps.append(tap)
-        base = self._model.base_model
-        base.register_forward_pre_hook(lambda module, args: tap.begin())
-        for layer_idx in needs.entering:
-            base.layers[layer_idx].register_forward_pre_hook(
-                lambda module, args: tap.entering(module.self_attn.layer_idx, args[0][0])
-            )
-        if needs.final:
-            base.norm.register_forward_hook(lambda module, args, output: tap.final(output[0]))
+        self._taps.add(tap)  # and let go with its drafter
+        if not self._is_watched:
+            self._is_watched = True
+            watch(self._model.base_model, self._taps)
         return tap
 
     def _forward_nothing(self, attend: Attend) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apb.speculate.base import MAX_NODES, Needs, Tapped
 
@@ -46,3 +47,24 @@ class PassTap:
         self._rows = [*range(self._first), *range(num_rows - self._last, num_rows)]
         # A copy, so that the states of a long prompt do not stay.
         self._states.append(states_TM[self._rows])
+
+
+def watch(base_model: Any, taps: Iterable[PassTap]) -> None:
+    """Let the modules of a Hugging Face decoder tell of their states; `taps` may change later."""
+
+    def begin(module: nn.Module, args: Any) -> None:
+        for tap in taps:
+            tap.begin()
+
+    def entering(module: Any, args: tuple[Tensor, ...]) -> None:
+        for tap in taps:
+            tap.entering(module.self_attn.layer_idx, args[0][0])
+
+    def final(module: nn.Module, args: Any, output: Tensor) -> None:
+        for tap in taps:
+            tap.final(output[0])
+
+    base_model.register_forward_pre_hook(begin)
+    for layer in base_model.layers:
+        layer.register_forward_pre_hook(entering)
+    base_model.norm.register_forward_hook(final)

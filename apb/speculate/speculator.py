@@ -60,8 +60,8 @@ class Speculator:
         self._tap = None
         if self._built is not None and self._built.needs.anything:
             self._tap = target.tap(self._built.needs)
-        # With a team of threads of its own, the drafter's would make OpenMP put the target's to sleep
-        # after each operation: a third of a decoding step on 2 cores, long after it was idle.
+        # With a team of threads of its own, the drafter's thread would make OpenMP put the target's
+        # to sleep after each operation: a third of a decoding step on 2 cores, also when it idles.
         self._pool = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="drafter",

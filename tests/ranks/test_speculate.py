@@ -209,6 +209,7 @@ def config_of(tmp_path_factory: pytest.TempPathFactory) -> ConfigOf:
         "eagle": {"head": head, "window": 16},
         "eagle3": {"head": head3, "entering": [0, 1, 2]},
         "frspec": {"head": head, "vocabulary": frequent},
+        "hybrid": {"head": head, "vocabulary": frequent, "min_match": 1, "enough": 100.0},
         "model": {"model": "tiny"},
     }
 

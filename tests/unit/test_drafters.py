@@ -17,7 +17,7 @@ from apb.plugins import PLUGINS
 from apb.sampling import SamplingParams
 from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.control import MeasuredController, StepReport
-from apb.speculate.hybrid import HybridConfig
+from apb.speculate.hybrid import HybridConfig, Worth
 from apb.speculate.lookup import LookupConfig
 from apb.speculate.recycling import RecyclingConfig
 from apb.speculate.speculator import Speculator
@@ -94,6 +94,34 @@ def test_hybrid_takes_what_each_drafter_would_have_proposed_alone() -> None:
     prefixes = {chain[:stop] for chain in chains(tree) for stop in range(len(chain) + 1)}
     assert alone[0] | alone[1] <= prefixes
     assert set(tree.sources) == {0, 1, 2}
+
+
+def worth_after(rates: dict[bool, float], steps: int) -> list[bool]:
+    """Choices over steps of one second that yield so many tokens with and without."""
+    now = [0.0]
+    worth, choices = Worth(lambda: now[0]), []
+    for _ in range(steps):
+        choices.append(worth.try_it(True))
+        now[0] += 1.0
+        worth.emitted(round(100 * rates[choices[-1]]))
+    return choices
+
+
+def test_hybrid_asks_its_head_where_that_has_paid() -> None:
+    for better in (False, True):
+        choices = worth_after({better: 2.0, not better: 1.0}, 240)
+        assert {False, True} <= set(choices[:3])
+        assert choices[120:].count(better) == 110  # and tries the other one step in twelve
+
+
+def test_hybrid_leaves_out_steps_in_which_the_head_may_not_be_asked() -> None:
+    now = [0.0]
+    worth = Worth(lambda: now[0])
+    for may in (True, False, True, False) * 20:
+        worth.try_it(may)
+        now[0] += 1.0 if may else 1000.0
+        worth.emitted(1)
+    assert sum(worth._seconds) < 41
 
 
 def test_repeats_beyond_what_is_sorted_are_continued_in_one_piece() -> None:

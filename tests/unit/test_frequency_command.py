@@ -21,8 +21,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from apb import frequency
+from apb.arguments import parse_words
 from apb.corpus import CorpusFile
-from apb.frequency import Options, Target, TokenCounter, build, load_target, main, parse
+from apb.frequency import Options, Target, TokenCounter, build, load_target, main
 from apb.speculate.vocabulary import DraftVocabulary
 
 EOS = 257
@@ -347,4 +348,4 @@ def test_mistakes_are_found_before_anything_is_counted(
 
 def test_words_about_the_model_are_passed_on() -> None:
     words = ["+model=custom", "model.path=/m", "size=3"]
-    assert parse(words, ("size",)) == ({"size": "3"}, ["+model=custom", "model.path=/m"])
+    assert parse_words(words, ("size",)) == ({"size": "3"}, ["+model=custom", "model.path=/m"])
