@@ -31,7 +31,7 @@ class LLM:
         launcher: `local` (processes of this machine), `torchrun` (inside one: every rank calls and
             every rank gets the result) or `auto`.
         overrides: any Hydra override, such as ``"method.anchor_len=256"``.
-        settings: shorthand for the common ones: `method`, `backend`, `dtype`, `device`,
+        settings: shorthand for the common ones: `method`, `backend`, `drafter`, `dtype`, `device`,
             `num_blocks`, `seed`, `allow_beyond_context`.
 
     Raises:

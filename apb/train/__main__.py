@@ -28,7 +28,7 @@ from apb.corpus import find_texts
 from apb.errors import ApbError, InputError
 from apb.hf.model import CausalLM, load_config
 from apb.hf.target import HfTarget
-from apb.hf.tokenizer import load_tokenizer, stop_ids
+from apb.hf.tokenizer import load_tokenizer, stop_ids, vocabulary_hash
 from apb.speculate.eagle_head import Eagle2Head, HeadShape
 from apb.speculate.vocabulary import DraftVocabulary
 from apb.train.eagle import EagleTrainer, HeldOut, Recipe, Teacher
@@ -103,7 +103,11 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
     hf_config = load_config(config.model)
     vocabulary = None
     if options.vocabulary is not None:
-        vocabulary = DraftVocabulary.read(options.vocabulary, vocab_size=hf_config.vocab_size)
+        vocabulary = DraftVocabulary.read(
+            options.vocabulary,
+            vocab_size=hf_config.vocab_size,
+            tokenizer_hash=vocabulary_hash(tokenizer),
+        )
     device = choose_device(config.device, 0)
     model = CausalLM.load(config.model, dtype=torch.float32, device=device)
     target = HfTarget(model, tokenizer, stop_ids(config.model, hf_config, tokenizer))
