@@ -249,6 +249,7 @@ def test_every_drafter_leaves_the_answer_as_it_is(
         assert answer == plain(pool, case, params)
     else:
         assert answer == run(pool, case, params, config)[0]
+        assert answer != plain(pool, case, params), "the verifier never saw what was drawn from"
         one_hot = replace(config, verifier=VerifierKind.onehot)
         assert run(pool, case, params, one_hot)[0] == plain(pool, case, params)
     assert stats.nodes > stats.steps, "nothing was drafted"
