@@ -21,7 +21,7 @@ class LmHead:
 
     def __init__(self, weight_CM: Tensor, ids_C: Tensor | None = None) -> None:
         self.ids_C = ids_C
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # it draws weights
             self._product = nn.Linear(weight_CM.shape[1], weight_CM.shape[0], bias=False)
         self._product.weight = nn.Parameter(weight_CM, requires_grad=False)
         pack_linears(self._product)

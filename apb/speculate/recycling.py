@@ -49,7 +49,7 @@ class RecyclingDrafter(Drafter):
             return
         width = min(self._width, verified.logits_NV.shape[1])
         best_NK = verified.logits_NV.topk(width, dim=-1).indices.tolist()
-        places = [root]
+        places: list[Place] = [(*root[:-1], verified.tree.tokens[0])]
         for token_id, parent in zip(
             verified.tree.tokens[1:], verified.tree.parents[1:], strict=True
         ):

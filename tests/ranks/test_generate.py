@@ -117,8 +117,10 @@ def count_forward_passes(comm: Communicator, case: Case) -> tuple[int, int, Toke
 def generate_with_broken_head(comm: Communicator, case: Case) -> tuple[list[str], Tokens]:
     """Errors of decoding and scoring while rank 0's LM head has a NaN; the answer once repaired."""
     engine = make_engine(comm, replace(case, new_ids=case.new_ids + (0,) * MAX_TOKENS))
-    head = apb_model(case.model)._model.get_output_embeddings().weight
+    model = apb_model(case.model)
+    head = model._model.get_output_embeddings().weight
     assert isinstance(head, Tensor)
+    model._is_lean = False  # packed copies would not notice
     whole = head.detach().clone()
     errors = []
     if comm.rank == 0:
@@ -134,6 +136,7 @@ def generate_with_broken_head(comm: Communicator, case: Case) -> tuple[list[str]
                 errors.append(str(error))
     finally:
         head.copy_(whole)
+        model._is_lean = True
     prefill(engine, case, room=len(case.new_ids) + MAX_TOKENS)
     return errors, decode(engine, case, GREEDY, None)
 

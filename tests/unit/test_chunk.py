@@ -25,9 +25,11 @@ def attend(layer: LayerInputs) -> Tensor:
 
 
 def load(name: str, chunk_len: int) -> CausalLM:
-    return CausalLM.load(
+    model = CausalLM.load(
         model_config(name), dtype=torch.float32, device=torch.device("cpu"), chunk_len=chunk_len
     )
+    model._is_lean = False  # few rows would pass the modules by
+    return model
 
 
 @contextmanager
