@@ -15,7 +15,7 @@ model: $(READY) ## fetch the demo model, 270 MB on disk
 	$(BIN)/python -m apb.fetch smollm2-135m
 
 test: model ## run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check
