@@ -219,6 +219,13 @@ def _own_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = theirs
 
 
+def named_model(name: str) -> ModelConfig:
+    """The model of that name in `conf/model/`, or else the one whose place the name is."""
+    if name in model_names():
+        return compose_config([f"model={name}"]).model
+    return ModelConfig(name=name, path=name)
+
+
 def to_run_config(config: DictConfig) -> RunConfig:
     """The dataclasses behind a composed configuration, validated."""
     if OmegaConf.is_missing(config, "model"):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from apb.agreement import together
 from apb.attention.base import AttentionTarget
 from apb.comm import Communicator
-from apb.config import RunConfig, plugin_name
+from apb.config import RunConfig, named_model, plugin_name
 from apb.engine import Engine
 from apb.errors import InputError
 from apb.generation import Step, generate, logprobs
@@ -130,7 +130,11 @@ class RequestRunner:
             )
             if self.is_owner:
                 target = HfTarget(
-                    model, self._reader.tokenizer, self._eos_ids, self._config.model.drafting_folder
+                    model,
+                    self._reader.tokenizer,
+                    self._eos_ids,
+                    self._config.model.drafting_folder,
+                    named_model,
                 )
                 self._speculator = Speculator(self._config.drafter, target)
         return self._engine
