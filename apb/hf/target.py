@@ -15,7 +15,8 @@ from apb.hf.model import CausalLM
 from apb.hf.tap import PassTap
 from apb.hf.tokenizer import vocabulary_hash
 from apb.model_config import ModelConfig
-from apb.speculate.base import Needs, Rotary
+from apb.rotary import Rotary
+from apb.speculate.base import Needs
 
 
 class HfTarget:
