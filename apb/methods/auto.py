@@ -64,15 +64,14 @@ class AutoMethod(AttentionMethod):
     def workload(self, plan: PrefillPlan, shape: ModelShape, rank: int) -> Workload:
         return self._chosen(plan.method).workload(plan, shape, rank)
 
+    def workloads(self, plan: PrefillPlan, shape: ModelShape) -> list[Workload]:
+        return self._chosen(plan.method).workloads(plan, shape)
+
     def _chosen(self, name: str | None) -> AttentionMethod:
         return self._approximate if name == "apb" else self._exact[name or "full"]
 
     def _predicted_s(self, name: str, plan: PrefillPlan, request: PlanRequest) -> float:
-        shape = request.costs.shape
-        ranks = range(request.world_size)
-        return request.costs.prefill_s(
-            [self._chosen(name).workload(plan, shape, rank) for rank in ranks]
-        )
+        return request.costs.prefill_s(self._chosen(name).workloads(plan, request.costs.shape))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -65,6 +65,10 @@ class AttentionMethod(ABC):
     def workload(self, plan: PrefillPlan, shape: ModelShape, rank: int) -> Workload:
         """What a rank does in one layer of the plan."""
 
+    def workloads(self, plan: PrefillPlan, shape: ModelShape) -> list[Workload]:
+        """Of every rank."""
+        return [self.workload(plan, shape, rank) for rank in range(plan.layout.world_size)]
+
     @abstractmethod
     def begin(self, context: PrefillContext) -> Attend:
         """The attention of one prefill: stores the context's KV in the cache as it goes."""

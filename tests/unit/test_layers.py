@@ -15,17 +15,28 @@ ROOT = Path(__file__).parents[2]
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
     {"errors", "paths"},
-    {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"},
+    {
+        "layout",
+        "balance",
+        "cost",
+        "hardware",
+        "comm",
+        "cache",
+        "metrics",
+        "sampling",
+        "prompts",
+        "rotary",
+    }
+    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
-    {"hf", "report", "table", "agreement", "calibration"},
+    {"hf", "report", "table", "agreement", "calibration", "estimate"},
     {"engine"},
     {"generation"},
     {"plugins"},
     {"config"},
-    {"planning", "requests"},
+    {"planning", "requests", "plan_report"},
     {"runner"},
     {"worker"},
     {"launchers", "rates_bench", "link_bench"},
