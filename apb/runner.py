@@ -19,6 +19,7 @@ from apb.config import RunConfig, plugin_name
 from apb.engine import Engine
 from apb.errors import InputError
 from apb.generation import Step, generate, logprobs
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
@@ -60,7 +61,7 @@ class RequestRunner:
         """Read configuration and tokenizer.
 
         Raises:
-            InputError: the model is not there or not supported.
+            InputError: the model is not there or not supported, or does not fit the compressor.
         """
         self._config, self._comm = config, comm
         self._hf_config = load_config(config.model)
@@ -69,6 +70,9 @@ class RequestRunner:
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
         self._method = config.method.build(seed=config.seed)
+        self._method.attach(
+            compressor_target(config.model, self._hf_config, device=comm.device, dtype=self._dtype)
+        )
         shape = model_shape(self._hf_config)
         self._backend = config.backend.build(
             AttentionTarget(comm.device, self._dtype, shape.head_dim)

@@ -14,6 +14,7 @@ from apb.attention.base import AttentionBackend
 from apb.comm import Communicator
 from apb.config import compose_config
 from apb.engine import Engine
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import DTYPES, CausalLM
 from apb.methods.base import AttentionMethod
 from apb.methods.plan import PlanRequest, PrefillPlan
@@ -152,6 +153,14 @@ class Bench:
             tuple(rng.choices(range(_VOCAB), k=scene.question_len)),
         )
         method = config.method.build(seed=config.seed)
+        method.attach(
+            compressor_target(
+                config.model,
+                self._model.hf.config,
+                device=self._device,
+                dtype=self._model.dtype,
+            )
+        )
         plan = method.plan(
             PlanRequest.of(
                 prompt, world_size=scene.ranks, num_blocks=config.num_blocks, costs=scene.costs

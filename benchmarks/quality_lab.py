@@ -13,6 +13,7 @@ from apb.config import compose_config
 from apb.cost import NOMINAL_CPU, CostModel
 from apb.engine import Engine
 from apb.generation import generate, logprobs
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer, stop_ids
 from apb.layout import SequenceLayout
@@ -62,15 +63,17 @@ class Lab:
         self.device = choose_device(config.device, 0)
         hf_config = load_config(config.model)
         self.max_positions = int(hf_config.max_position_embeddings)
-        self._tokenizer = load_tokenizer(config.model)
-        self._stop_ids = tuple(stop_ids(config.model, hf_config, self._tokenizer))
-        self._model = CausalLM.load(
-            config.model, dtype=choose_dtype(config.dtype, self.device), device=self.device
-        )
+        dtype = choose_dtype(config.dtype, self.device)
+        target = compressor_target(config.model, hf_config, device=self.device, dtype=dtype)
         self._methods = {
             name: settings.method.build(seed=config.seed)
             for name, settings in self._configs.items()
         }
+        for method in self._methods.values():
+            method.attach(target)
+        self._tokenizer = load_tokenizer(config.model)
+        self._stop_ids = tuple(stop_ids(config.model, hf_config, self._tokenizer))
+        self._model = CausalLM.load(config.model, dtype=dtype, device=self.device)
         self._num_blocks = num_blocks
         self._engine: Engine | None = None
 

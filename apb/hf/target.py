@@ -13,7 +13,8 @@ from apb.hf.draft_model import HfDraftModel, load_draft_model
 from apb.hf.model import CausalLM
 from apb.hf.tap import PassTap
 from apb.hf.tokenizer import vocabulary_hash
-from apb.speculate.base import Needs, Rotary
+from apb.rotary import Rotary
+from apb.speculate.base import Needs
 
 
 class HfTarget:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from apb.compress.base import CompressorTarget
 from apb.cost import ModelShape, Workload
 from apb.errors import InputError
 from apb.layout import LayoutPolicy
@@ -29,6 +30,10 @@ class AutoMethod(AttentionMethod):
             "zigzag": RingMethod(LayoutPolicy.zigzag),
             "ulysses": UlyssesMethod(),
         }
+
+    def attach(self, target: CompressorTarget) -> None:
+        for method in (self._approximate, *self._exact.values()):
+            method.attach(target)
 
     def plan(self, request: PlanRequest) -> PrefillPlan:
         """The chosen method's plan, with its name and the reason in a note."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apb.attention.base import AttentionBackend, LayerInputs
 from apb.comm import Communicator
+from apb.compress.base import CompressorTarget
 from apb.cost import ModelShape, Workload
 from apb.methods.audit import Auditor
 from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
@@ -44,6 +45,13 @@ class AttentionMethod(ABC):
     Whatever the method, afterwards every context token is cached on exactly one rank at its true
     position and nothing else is cached, so decode never asks which method ran.
     """
+
+    def attach(self, target: CompressorTarget) -> None:  # noqa: B027
+        """Get ready for a model, before its weights are loaded.
+
+        Raises:
+            InputError: the method's compressor does not fit it.
+        """
 
     @abstractmethod
     def plan(self, request: PlanRequest) -> PrefillPlan:

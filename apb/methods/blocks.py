@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apb.attention.base import LayerInputs, Segment
 from apb.balance import causal_pairs
-from apb.compress.base import BlockView, Compressor
+from apb.compress.base import BlockView, Compressor, CompressorTarget
 from apb.cost import ModelShape, Workload
 from apb.errors import InputError
 from apb.layout import Block, LayoutPolicy
@@ -71,6 +71,10 @@ class BlockMethod(AttentionMethod):
     def __init__(self, settings: BlockSettings, compressor: Compressor | None = None) -> None:
         self._settings = settings
         self._compressor = compressor
+
+    def attach(self, target: CompressorTarget) -> None:
+        if self._compressor is not None:
+            self._compressor.attach(target)
 
     def begin(self, context: PrefillContext) -> Attend:
         return _BlockPrefill(context, self._settings, self._compressor).attend
@@ -132,6 +136,7 @@ class _BlockPrefill:
             view = BlockView(
                 layer.layer_idx,
                 block.index,
+                block.start,
                 layer.q_HTD[:, rows],
                 layer.k_KTD[:, rows],
                 layer.v_KTD[:, rows],

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from apb.errors import InputError
 from apb.packed import pack_linears
+from apb.rotary import Rotary
 from apb.speculate.base import (
     Drafter,
     DrafterConfig,
     DraftRequest,
     DraftTarget,
     Needs,
-    Rotary,
     Verified,
 )
 from apb.speculate.eagle_cache import Window, WindowedCache

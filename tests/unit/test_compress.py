@@ -5,6 +5,7 @@ head; and scores that are what each compressor's description says.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ from torch import Tensor
 
 from apb.attention.sdpa import SdpaBackend
 from apb.attention.selection import max_pool, top_tokens
-from apb.compress.base import BlockView, Compressor
-from apb.compress.knorm import KnormConfig
+from apb.comm import Communicator
+from apb.compress.base import BlockView, Compressor, CompressorConfig, CompressorTarget
+from apb.compress.knorm import KnormCompressor, KnormConfig
 from apb.compress.query import QueryConfig
 from apb.compress.random import RandomConfig
 from apb.compress.window import WindowConfig
+from apb.config import compose_config
 from apb.errors import InputError
+from apb.methods.apb import ApbConfig
+from apb.methods.auto import AutoConfig
 from apb.plugins import PLUGINS
+from apb.runner import RequestRunner
 
 NAMES = tuple(PLUGINS["method/compressor"])
 NUM_KV_HEADS, GROUPS, HEAD_DIM = 3, 2, 8
@@ -34,6 +40,7 @@ def draw_block(num_tokens: int, *, query_len: int = QUERY_LEN) -> BlockView:
     return BlockView(
         layer_idx=2,
         block_idx=1,
+        start=70,
         q_HSD=torch.randn(NUM_KV_HEADS * GROUPS, num_tokens, HEAD_DIM),
         k_KSD=torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM),
         v_KSD=torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM),
@@ -152,6 +159,27 @@ def test_random_selection_differs_by_seed_layer_block_and_head() -> None:
         kept_by(1, block._replace(block_idx=2)),
     ):
         assert not torch.equal(other, base)
+
+
+class Refusing(KnormCompressor):
+    """Fits no model."""
+
+    def attach(self, target: CompressorTarget) -> None:
+        raise InputError(f"does not fit {target.model} in {target.dtype}")
+
+
+@dataclass(kw_only=True, slots=True)
+class RefusingConfig(CompressorConfig):
+    def build(self, *, seed: int) -> Refusing:
+        return Refusing()
+
+
+@pytest.mark.parametrize("method", [ApbConfig, AutoConfig])
+def test_compressor_meets_the_model_before_its_weights_are_loaded(method: type[ApbConfig]) -> None:
+    config = compose_config(["model=tiny", "dtype=bfloat16"])
+    config.method = method(compressor=RefusingConfig())
+    with pytest.raises(InputError, match=r"does not fit tiny in torch.bfloat16"):
+        RequestRunner(config, Communicator(0, 1, torch.device("cpu")))
 
 
 def pooled(scores: list[float], kernel: int) -> list[float]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
     {"errors", "paths"},
-    {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
+    {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
     | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"},
     {"attention"},
     {"compress"},
