@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from apb.compress.base import CompressorTarget
 from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, load_config
 from apb.hf.target import HfTarget
 from apb.model_config import ModelConfig
@@ -51,6 +53,14 @@ def apb_model(name: str) -> CausalLM:
     model = CausalLM.load(model_config(name), dtype=torch.float32, device=torch.device("cpu"))
     _randomise_vectors(model._model)
     return model
+
+
+def compressor_target_of(name: str) -> CompressorTarget:
+    """The model as compressors see it."""
+    config = model_config(name)
+    return compressor_target(
+        config, load_config(config), device=torch.device("cpu"), dtype=torch.float32
+    )
 
 
 @cache

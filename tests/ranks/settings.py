@@ -6,15 +6,21 @@ A new method joins by a line in `SETTINGS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 from typing import NamedTuple
 
 from apb.compress.base import CompressorConfig
+from apb.compress.expected_attention import ExpectedAttentionConfig
+from apb.compress.fusion import FusionConfig
+from apb.compress.keydiff import KeydiffConfig
 from apb.compress.knorm import KnormConfig
+from apb.compress.lag_kv import LagKvConfig
 from apb.compress.query import QueryConfig
-from apb.compress.random import RandomConfig
+from apb.compress.table import COMPRESSORS
+from apb.compress.tova import TovaConfig
 from apb.compress.window import WindowConfig
+from apb.config import plugin_name
 from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig, Length
 from apb.methods.base import MethodConfig
@@ -108,11 +114,34 @@ def some_apb(policy: LayoutPolicy, form: AnchorForm) -> Setting:
     return Setting(f"apb-{policy.name}-{form.name}", make, False, blocks_of(policy))
 
 
+def apb_by_score(policy: LayoutPolicy, form: AnchorForm) -> Setting:
+    """What is scored otherwise than by observed rows or norms."""
+    compressors: tuple[CompressorConfig, ...] = (
+        ExpectedAttentionConfig(future=7, sinks=2),
+        KeydiffConfig(),
+        TovaConfig(),
+        LagKvConfig(lag=4),
+        FusionConfig(members=["tova", "keydiff"], weights=[1.0, 2.0], constant=9.0),
+    )
+
+    def make(rng: Random, block_len: int) -> ApbConfig:
+        return apb(
+            rng.choice(compressors),
+            policy,
+            form,
+            anchor_len=rng.randint(0, block_len),
+            passing_len=rng.randint(0, block_len) // 2,
+        )
+
+    name = f"apb_by_score-{policy.name}-{form.name}"
+    return Setting(name, make, False, blocks_of(policy), draws=4)
+
+
 def apb_passing_all(policy: LayoutPolicy, form: AnchorForm) -> Setting:
     """Exact where there is no query to splice in (E3)."""
 
     def make(rng: Random, block_len: int) -> ApbConfig:
-        compressor = rng.choice((QueryConfig(), WindowConfig(), KnormConfig(), RandomConfig()))
+        compressor = rng.choice([config() for config in COMPRESSORS.values()])
         share = rng.choice((0.0, 0.25, 0.5, 1.0))
         return apb(compressor, policy, form, anchor_len=share, passing_len=1.0)
 
@@ -135,6 +164,8 @@ SETTINGS: list[Setting] = [
     Setting("ring", lambda *_: RingConfig(), True, any_number),
     Setting("zigzag", lambda *_: ZigzagConfig(), True, in_pairs),
     Setting("ulysses", lambda *_: UlyssesConfig(), True, no_choice),
+    apb_by_score(LayoutPolicy.even, AnchorForm.replicated),
+    apb_by_score(LayoutPolicy.balanced, AnchorForm.shared),
     *(
         of(policy, form)
         for of in (some_apb, some_star, apb_passing_all)
@@ -229,5 +260,9 @@ def statement_of(case: Case, plan: PrefillPlan) -> Statement:
         if isinstance(method.compressor, config):
             window, kernel = method.compressor.window, method.compressor.kernel
             return replace(lengths, compressor=name, window=window, kernel=kernel)
-    assert isinstance(method.compressor, KnormConfig)
-    return replace(lengths, compressor="knorm")
+    if isinstance(method.compressor, KnormConfig):
+        return replace(lengths, compressor="knorm")
+    name = plugin_name("method/compressor", method.compressor)
+    details = {k: v for k, v in asdict(method.compressor).items() if k != "covariance"}
+    frozen = ((k, tuple(v) if isinstance(v, list) else v) for k, v in details.items())
+    return replace(lengths, compressor=name, details=tuple(frozen))
