@@ -42,6 +42,18 @@ EXACT_LENGTHS = (1, 2, 3, 5, 17, 64, 101, 200)
 WINDOWS = {"query": QueryConfig, "window": WindowConfig}
 
 
+SCORES = (
+    ExpectedAttentionConfig(future=7, sinks=2),
+    KeydiffConfig(),
+    TovaConfig(),
+    LagKvConfig(lag=4),
+    # Reciprocal ranks tie easily, and rounding decides; with these hardly ever.
+    FusionConfig(members=["tova", "keydiff"], weights=[1.0, 1.618], constant=9.3),
+)
+CHOICES = [(policy, form) for policy in LayoutPolicy for form in AnchorForm][1:]
+"""Of layouts and anchors for them."""
+
+
 class Setting(NamedTuple):
     """A method under one layout policy and one form of the anchor."""
 
@@ -114,27 +126,20 @@ def some_apb(policy: LayoutPolicy, form: AnchorForm) -> Setting:
     return Setting(f"apb-{policy.name}-{form.name}", make, False, blocks_of(policy))
 
 
-def apb_by_score(policy: LayoutPolicy, form: AnchorForm) -> Setting:
-    """What is scored otherwise than by observed rows or norms."""
-    compressors: tuple[CompressorConfig, ...] = (
-        ExpectedAttentionConfig(future=7, sinks=2),
-        KeydiffConfig(),
-        TovaConfig(),
-        LagKvConfig(lag=4),
-        FusionConfig(members=["tova", "keydiff"], weights=[1.0, 2.0], constant=9.0),
-    )
+def apb_by_score(compressor: CompressorConfig, policy: LayoutPolicy, form: AnchorForm) -> Setting:
+    """Scored otherwise than by observed rows or norms."""
 
     def make(rng: Random, block_len: int) -> ApbConfig:
         return apb(
-            rng.choice(compressors),
+            compressor,
             policy,
             form,
             anchor_len=rng.randint(0, block_len),
             passing_len=rng.randint(0, block_len) // 2,
         )
 
-    name = f"apb_by_score-{policy.name}-{form.name}"
-    return Setting(name, make, False, blocks_of(policy), draws=4)
+    name = f"apb_by_{plugin_name('method/compressor', compressor)}-{policy.name}-{form.name}"
+    return Setting(name, make, False, blocks_of(policy), draws=2)
 
 
 def apb_passing_all(policy: LayoutPolicy, form: AnchorForm) -> Setting:
@@ -164,8 +169,10 @@ SETTINGS: list[Setting] = [
     Setting("ring", lambda *_: RingConfig(), True, any_number),
     Setting("zigzag", lambda *_: ZigzagConfig(), True, in_pairs),
     Setting("ulysses", lambda *_: UlyssesConfig(), True, no_choice),
-    apb_by_score(LayoutPolicy.even, AnchorForm.replicated),
-    apb_by_score(LayoutPolicy.balanced, AnchorForm.shared),
+    *(
+        apb_by_score(compressor, *choice)
+        for compressor, choice in zip(SCORES, CHOICES, strict=True)
+    ),
     *(
         of(policy, form)
         for of in (some_apb, some_star, apb_passing_all)
