@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from apb.compress.base import BlockView, Compressor, CompressorTarget
 from apb.cost import ModelShape
@@ -49,4 +52,14 @@ def draw_block(num_tokens: int, *, query_len: int = QUERY_LEN, start: int = 70) 
         v_KSD=torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM),
         scale=0.4,
         query_HWD=torch.randn(NUM_HEADS, query_len, HEAD_DIM) if query_len else None,
+    )
+
+
+def changed(block: BlockView, change: Callable[[Tensor], Tensor]) -> BlockView:
+    """The block with all its tensors changed in the same way."""
+    return block._replace(
+        q_HSD=change(block.q_HSD),
+        k_KSD=change(block.k_KSD),
+        v_KSD=change(block.v_KSD),
+        query_HWD=None if block.query_HWD is None else change(block.query_HWD),
     )

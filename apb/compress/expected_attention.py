@@ -15,6 +15,7 @@ from apb.errors import InputError
 from apb.rotary import Rotary, Rotation
 
 NAME = "expected_attention"
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class ExpectedAttentionCompressor(Compressor):
@@ -47,8 +48,9 @@ class ExpectedAttentionCompressor(Compressor):
             ):
                 logits_KS += torch.linalg.vecdot(k_KSD @ one_KDD, k_KSD) / 2
         attention_KS = logits_KGS.log_softmax(dim=-1).logsumexp(dim=1)
-        norms_KS = torch.linalg.vector_norm(block.v_KSD, dim=-1, dtype=torch.float32)
-        return attention_KS + norms_KS.clamp_min(torch.finfo(torch.float32).tiny).log()
+        norms_KS: Tensor = torch.linalg.vector_norm(block.v_KSD, dim=-1, dtype=torch.float32)
+        scores_KS: Tensor = attention_KS + norms_KS.clamp_min(_TINY).log()
+        return scores_KS
 
     def _future_queries(self, block: BlockView) -> tuple[Tensor, Tensor | None]:
         """Mean ``[H, D]`` and covariance ``[H, D, D]`` of queries after the block, after RoPE."""

@@ -24,7 +24,8 @@ class KeydiffCompressor(Compressor):
         ).clamp_min(torch.finfo(torch.float32).tiny)
         k_KSD = block.k_KSD.float() / norms_KS1
         mean_KD1 = F.normalize(k_KSD.mean(dim=1), dim=-1)[..., None]
-        return -(k_KSD @ mean_KD1)[..., 0]
+        cosine_KS: Tensor = (k_KSD @ mean_KD1)[..., 0]
+        return -cosine_KS
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,7 +14,8 @@ class KnormCompressor(Compressor):
     """Keeps the keys of smallest L2 norm (Devoto et al. 2024, https://arxiv.org/abs/2406.11430)."""
 
     def score(self, block: BlockView) -> Tensor:
-        return -torch.linalg.vector_norm(block.k_KSD, dim=-1, dtype=torch.float32)
+        norms_KS: Tensor = torch.linalg.vector_norm(block.k_KSD, dim=-1, dtype=torch.float32)
+        return -norms_KS
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,7 +21,8 @@ class TovaCompressor(Compressor):
         num_kv_heads = block.k_KSD.shape[0]
         q_KGD = block.q_HSD[:, -1].unflatten(0, (num_kv_heads, -1)).float() * block.scale
         probs_KGS = (q_KGD @ block.k_KSD.float().mT).softmax(dim=-1)
-        return probs_KGS.mean(dim=(0, 1)).expand(num_kv_heads, -1)
+        scores_S: Tensor = probs_KGS.mean(dim=(0, 1))
+        return scores_S.expand(num_kv_heads, -1)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -33,7 +33,8 @@ class WindowCompressor(Compressor):
         future_WW = torch.ones(rows, rows, dtype=torch.bool, device=q_KXD.device).triu(1)
         window_KGWW = logits_KXS[..., -rows:].unflatten(1, (-1, rows))
         window_KGWW.masked_fill_(future_WW, float("-inf"))
-        return logits_KXS.softmax(dim=-1).mean(dim=1)
+        scores_KS: Tensor = logits_KXS.softmax(dim=-1).mean(dim=1)
+        return scores_KS
 
 
 @dataclass(kw_only=True, slots=True)

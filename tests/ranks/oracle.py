@@ -203,7 +203,8 @@ def _scores(statement: Statement, block_idx: int, layer: _Layer, kv_head: int) -
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
     q_GBD, k_BD = block.q_HSD[heads], block.k_KSD[kv_head]
     if statement.compressor == "knorm":
-        return -k_BD.norm(dim=-1)
+        norms_B: Tensor = k_BD.norm(dim=-1)
+        return -norms_B
     if statement.compressor == "query":
         question = range(statement.splice, statement.splice + len(statement.spliced))
         blind = not question or (block_idx == 0 and not statement.shared)

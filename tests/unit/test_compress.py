@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from apb.methods.auto import AutoConfig
 from apb.plugins import PLUGINS
 from apb.runner import RequestRunner
 from blocks import COMPRESSORS as NAMES
-from blocks import HEAD_DIM, NUM_KV_HEADS, QUERY_LEN, build, draw_block
+from blocks import HEAD_DIM, NUM_KV_HEADS, QUERY_LEN, build, changed, draw_block
 
 
 def select(
@@ -164,49 +165,50 @@ def test_compressor_meets_the_model_before_its_weights_are_loaded(method: type[A
 @pytest.mark.parametrize("name", NAMES)
 def test_16_bit_blocks_are_scored_in_fp32(name: str) -> None:
     block = draw_block(30)
-    fields = ("q_HSD", "k_KSD", "v_KSD", "query_HWD")
-    narrow = block._replace(**{f: getattr(block, f).to(torch.bfloat16) for f in fields})
-    wide = block._replace(**{f: getattr(narrow, f).float() for f in fields})
+    narrow = changed(block, lambda x_HSD: x_HSD.to(torch.bfloat16))
+    wide = changed(narrow, Tensor.float)
     found = build(name).score(narrow)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, build(name).score(wide), atol=1e-6, rtol=1e-6)
 
 
-def awkward_layouts(x_HSD: Tensor) -> list[Tensor]:
-    """The same values as part of a longer sequence, and with heads beside one another."""
+def within_more(x_HSD: Tensor) -> Tensor:
+    """The same values as part of a longer sequence."""
     num_heads, num_tokens, head_dim = x_HSD.shape
     wide = torch.full((num_heads, num_tokens + 9, head_dim), math.nan)
     wide[:, 4:-5] = x_HSD
-    return [wide[:, 4:-5], x_HSD.transpose(0, 1).contiguous().transpose(0, 1)]
+    return wide[:, 4:-5]
+
+
+def token_by_token(x_HSD: Tensor) -> Tensor:
+    """The same values with the heads of a token side by side."""
+    return x_HSD.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_do_not_depend_on_where_tensors_lie_in_memory(name: str) -> None:
     block = draw_block(300)
     expected_KS = build(name).score(block)
-    fields = ("q_HSD", "k_KSD", "v_KSD")
-    for layout in range(2):
-        other = block._replace(**{f: awkward_layouts(getattr(block, f))[layout] for f in fields})
-        torch.testing.assert_close(build(name).score(other), expected_KS, atol=1e-5, rtol=1e-5)
+    for layout in (within_more, token_by_token):
+        found_KS = build(name).score(changed(block, layout))
+        torch.testing.assert_close(found_KS, expected_KS, atol=1e-5, rtol=1e-5)
+
+
+def scaled(x_HSD: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return (x_HSD * scale).to(dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scores_of_any_block_are_finite(name: str, dtype: torch.dtype) -> None:
-    """Tokens that are all the same, of no length, or of the greatest that occurs."""
+    """Also of tokens that are all the same, of no length or long."""
     block = draw_block(140)
-    fields = ("q_HSD", "k_KSD", "v_KSD", "query_HWD")
     for scale in (0.0, 1.0, 100.0):
-        for size in (1, 140):
-            other = block._replace(
-                **{
-                    f: (getattr(block, f)[:, :1] * scale).expand(-1, size, -1).to(dtype)
-                    for f in fields
-                }
-            )
-            assert build(name).score(other).isfinite().all()
-            drawn = block._replace(**{f: (getattr(block, f) * scale).to(dtype) for f in fields})
-            assert build(name).score(drawn).isfinite().all()
+        long = changed(block, partial(scaled, scale=scale, dtype=dtype))
+        same = changed(long, lambda x_HSD: x_HSD[:, :1].expand(-1, 140, -1))
+        one = changed(long, lambda x_HSD: x_HSD[:, :1])
+        for some in (long, same, one):
+            assert build(name).score(some).isfinite().all()
 
 
 @pytest.mark.parametrize(
