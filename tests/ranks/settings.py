@@ -135,11 +135,11 @@ def apb_by_score(compressor: CompressorConfig, policy: LayoutPolicy, form: Ancho
             policy,
             form,
             anchor_len=rng.randint(0, block_len),
-            passing_len=rng.randint(0, block_len) // 2,
+            passing_len=rng.randint(1, max(1, block_len // 3)),
         )
 
     name = f"apb_by_{plugin_name('method/compressor', compressor)}-{policy.name}-{form.name}"
-    return Setting(name, make, False, blocks_of(policy), draws=2)
+    return Setting(name, make, False, blocks_of(policy))
 
 
 def apb_passing_all(policy: LayoutPolicy, form: AnchorForm) -> Setting:
