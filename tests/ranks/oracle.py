@@ -47,6 +47,8 @@ class Statement:
     block_lens: tuple[int, ...]
     anchor_len: int
     passing_len: int
+    layer_passing_lens: tuple[tuple[int, ...], ...] = ()
+    """Instead of `passing_len`, per layer and block, as the plan spreads it."""
     shared: bool = True
     compressor: str = "query"
     window: int = 64
@@ -136,11 +138,12 @@ def _attention(
 ) -> tuple[Tensor, None]:
     assert attention_mask is None
     q_HND, k_KND, v_KND = q_BHND[0], k_BKND[0], v_BKND[0]
+    index = int(module.layer_idx)  # type: ignore[arg-type]
     groups = q_HND.shape[0] // k_KND.shape[0]
     outputs = []
     for kv_head, (k_ND, v_ND) in enumerate(zip(k_KND, v_KND, strict=True)):
         q_GND = q_HND[kv_head * groups : (kv_head + 1) * groups]
-        visible_NN = _visible(statement, _Layer(q_HND, k_KND, v_KND, scaling), kv_head)
+        visible_NN = _visible(statement, _Layer(q_HND, k_KND, v_KND, scaling, index), kv_head)
         for q_ND in q_GND:
             scores_NN = (q_ND @ k_ND.T * scaling).masked_fill(~visible_NN, float("-inf"))
             outputs.append(scores_NN.softmax(dim=-1) @ v_ND)
@@ -152,6 +155,7 @@ class _Layer(NamedTuple):
     k_KND: Tensor
     v_KND: Tensor
     scale: float
+    index: int
 
     def block(self, statement: Statement, block_idx: int) -> BlockView:
         """A block's own rows."""
@@ -193,6 +197,8 @@ def _select(statement: Statement, block_idx: int, layer: _Layer, kv_head: int) -
     barred = statement.shown_len if block_idx == 0 else 0
     even_len = statement.even_lens[block_idx]
     budget = 0 if statement.star else min(statement.passing_len, even_len - barred)
+    if statement.layer_passing_lens:
+        budget = statement.layer_passing_lens[layer.index][block_idx]
     scores_B = _scores(statement, block_idx, layer, kv_head)
     open_to = range(barred, len(scores_B))
     return sorted(open_to, key=lambda token: (-float(scores_B[token]), token))[:budget]

@@ -94,6 +94,7 @@ def apb(
     anchor_len: Length,
     passing_len: Length,
     overlap: bool = True,
+    layer_budgets: str = "uniform",
 ) -> ApbConfig:
     return ApbConfig(
         compressor=compressor,
@@ -101,6 +102,7 @@ def apb(
         anchor=form,
         anchor_len=anchor_len,
         passing_len=passing_len,
+        layer_budgets=layer_budgets,
         overlap=overlap,
         min_block_len=1,
     )
@@ -124,6 +126,23 @@ def some_apb(policy: LayoutPolicy, form: AnchorForm) -> Setting:
         )
 
     return Setting(f"apb-{policy.name}-{form.name}", make, False, blocks_of(policy))
+
+
+def apb_by_layer(policy: LayoutPolicy, form: AnchorForm) -> Setting:
+    """Layers pass on as unlike parts of a block as they can."""
+
+    def make(rng: Random, block_len: int) -> ApbConfig:
+        return apb(
+            rng.choice((WindowConfig(window=4), QueryConfig(window=4))),
+            policy,
+            form,
+            anchor_len=rng.randint(0, block_len),
+            passing_len=rng.randint(0, block_len) // rng.choice((1, 2, 4)),
+            overlap=rng.choice((True, False)),
+            layer_budgets="pyramid",
+        )
+
+    return Setting(f"apb_by_layer-{policy.name}-{form.name}", make, False, blocks_of(policy))
 
 
 def apb_by_score(compressor: CompressorConfig, policy: LayoutPolicy, form: AnchorForm) -> Setting:
@@ -173,6 +192,8 @@ SETTINGS: list[Setting] = [
         apb_by_score(compressor, *choice)
         for compressor, choice in zip(SCORES, CHOICES, strict=True)
     ),
+    apb_by_layer(LayoutPolicy.balanced, AnchorForm.shared),
+    apb_by_layer(LayoutPolicy.zigzag, AnchorForm.replicated),
     *(
         of(policy, form)
         for of in (some_apb, some_star, apb_passing_all)
@@ -254,6 +275,7 @@ def statement_of(case: Case, plan: PrefillPlan) -> Statement:
         block_lens=tuple(map(len, plan.layout.blocks)),
         anchor_len=0,
         passing_len=0,
+        layer_passing_lens=plan.layer_passing_lens,
         shared=method.anchor is AnchorForm.shared,
         new_ids=case.new_ids,
         star=isinstance(method, StarConfig),
