@@ -138,12 +138,12 @@ def _attention(
 ) -> tuple[Tensor, None]:
     assert attention_mask is None
     q_HND, k_KND, v_KND = q_BHND[0], k_BKND[0], v_BKND[0]
-    index = int(module.layer_idx)  # type: ignore[arg-type]
+    layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     groups = q_HND.shape[0] // k_KND.shape[0]
     outputs = []
     for kv_head, (k_ND, v_ND) in enumerate(zip(k_KND, v_KND, strict=True)):
         q_GND = q_HND[kv_head * groups : (kv_head + 1) * groups]
-        visible_NN = _visible(statement, _Layer(q_HND, k_KND, v_KND, scaling, index), kv_head)
+        visible_NN = _visible(statement, _Layer(q_HND, k_KND, v_KND, scaling, layer_idx), kv_head)
         for q_ND in q_GND:
             scores_NN = (q_ND @ k_ND.T * scaling).masked_fill(~visible_NN, float("-inf"))
             outputs.append(scores_NN.softmax(dim=-1) @ v_ND)
@@ -155,7 +155,7 @@ class _Layer(NamedTuple):
     k_KND: Tensor
     v_KND: Tensor
     scale: float
-    index: int
+    layer_idx: int
 
     def block(self, statement: Statement, block_idx: int) -> BlockView:
         """A block's own rows."""
@@ -198,7 +198,7 @@ def _select(statement: Statement, block_idx: int, layer: _Layer, kv_head: int) -
     even_len = statement.even_lens[block_idx]
     budget = 0 if statement.star else min(statement.passing_len, even_len - barred)
     if statement.layer_passing_lens:
-        budget = statement.layer_passing_lens[layer.index][block_idx]
+        budget = statement.layer_passing_lens[layer.layer_idx][block_idx]
     scores_B = _scores(statement, block_idx, layer, kv_head)
     open_to = range(barred, len(scores_B))
     return sorted(open_to, key=lambda token: (-float(scores_B[token]), token))[:budget]
