@@ -34,6 +34,7 @@ APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = (
     *("prompt.document", "prompt.query", "model.path", "model.drafting", "output"),
+    "method.layer_budgets",
     *("drafter.head", "drafter.vocabulary", "drafter.model"),
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""

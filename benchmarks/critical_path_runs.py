@@ -12,6 +12,7 @@ import torch
 
 from apb.attention.base import AttentionBackend
 from apb.comm import Communicator
+from apb.compress.base import CompressorTarget
 from apb.config import compose_config
 from apb.engine import Engine
 from apb.hf.compressor_target import compressor_target
@@ -131,13 +132,24 @@ class Bench:
             "head_dim": shape.head_dim,
             "vocab_size": _VOCAB,
         }
+        self._model_config = ModelConfig(name=scene.model, architecture=architecture)
         self._model = CausalLM.load(
-            ModelConfig(name=scene.model, architecture=architecture),
+            self._model_config,
             dtype=DTYPES[scene.dtype],
             device=self._device,
             chunk_len=compose_config(["model=tiny", *scene.overrides]).runtime.chunk_len,
         )
         self.messages: Messages = {}
+
+    @property
+    def target(self) -> CompressorTarget:
+        """The model as compressors see it."""
+        return compressor_target(
+            self._model_config,
+            self._model.hf.config,
+            device=self._device,
+            dtype=self._model.dtype,
+        )
 
     def case(self, variant: Variant, context_len: int) -> Case:
         """The variant's plan, for random tokens.
@@ -153,14 +165,7 @@ class Bench:
             tuple(rng.choices(range(_VOCAB), k=scene.question_len)),
         )
         method = config.method.build(seed=config.seed)
-        method.attach(
-            compressor_target(
-                config.model,
-                self._model.hf.config,
-                device=self._device,
-                dtype=self._model.dtype,
-            )
-        )
+        method.attach(self.target)
         plan = method.plan(
             PlanRequest.of(
                 prompt, world_size=scene.ranks, num_blocks=config.num_blocks, costs=scene.costs

@@ -19,6 +19,7 @@ from apb.hf.tokenizer import load_tokenizer, stop_ids
 from apb.layout import SequenceLayout
 from apb.methods.plan import PlanRequest
 from apb.metrics import Timeline
+from apb.plugins import PLUGINS
 from apb.prompts.answer import AnswerText
 from apb.prompts.base import PromptTokens
 from apb.prompts.encode import control_tokens, encode_plain, start_ids
@@ -33,10 +34,9 @@ _PAPER = ("method=apb", "method.anchor=replicated", "method.layout=even")
 METHODS: Mapping[str, tuple[str, ...]] = {
     REFERENCE: ("method=full",),
     "star": ("method=star",),
-    "apb-query": (*_APB, "method/compressor=query"),
-    "apb-window": (*_APB, "method/compressor=window"),
-    "apb-knorm": (*_APB, "method/compressor=knorm"),
-    "apb-random": (*_APB, "method/compressor=random"),
+    **{
+        f"apb-{name}": (*_APB, f"method/compressor={name}") for name in PLUGINS["method/compressor"]
+    },
     "apb-window-paper": (*_PAPER, "method/compressor=window"),
     "apb-query-paper": (*_PAPER, "method/compressor=query"),
     "apb-window-int8": (*_APB, "method/compressor=window", "method.wire=int8"),

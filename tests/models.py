@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from apb.compress.base import CompressorTarget
 from apb.config import named_model
 from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, load_config
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import load_tokenizer, stop_ids
@@ -57,6 +59,14 @@ def apb_model(name: str) -> CausalLM:
     if name in ARCHITECTURES:
         _randomise_vectors(model._model)
     return model
+
+
+def compressor_target_of(name: str) -> CompressorTarget:
+    """The model as compressors see it."""
+    config = model_config(name)
+    return compressor_target(
+        config, load_config(config), device=torch.device("cpu"), dtype=torch.float32
+    )
 
 
 @cache

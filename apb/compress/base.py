@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ class BlockView(NamedTuple):
 class Compressor(ABC):
     """Selects a block's passing KV. A plug-in implements `score`."""
 
-    needs_query: ClassVar[bool] = False
+    needs_query: bool = False
+    """Whether `BlockView.query_HWD` is read."""
     pool: int = 1
     """A token takes the best score among this many around it (odd), so that phrases stay whole."""
 

@@ -1,4 +1,4 @@
-"""Guarantees of RoPE: it is transformers' own, can be taken off, and is known from a configuration."""
+"""Guarantees of RoPE: transformers' own, it can be taken off, and a configuration tells it."""
 
 from __future__ import annotations
 
