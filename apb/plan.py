@@ -32,12 +32,12 @@ from apb.hf.model import choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.methods.base import AttentionMethod
 from apb.methods.plan import PlanRequest
-from apb.plan_report import Outlook, document_lines, overview_lines, plot_outlook
+from apb.plan_report import EXACT, Outlook, document_lines, overview_lines, plot_outlook
+from apb.plugins import PLUGINS
 from apb.worker import choose_device
 
 _QUERY_LEN = 32
 """Tokens of a question with its template, as an example."""
-_METHODS = ("full", "ring", "zigzag", "ulysses", "star", "apb")
 _WORDS = ("context_len", "hardware", "gpus_per_node", "link", "plot")
 
 
@@ -86,14 +86,15 @@ class Prospects(Outlook):
         )
         self.shape = _shape(config)
         self.chosen = plugin_name("method", config.method)
-        names = dict.fromkeys((*_METHODS, self.chosen))
         others = [word for word in overrides if not word.lstrip("+").startswith("method")]
-        self.methods = {
-            name: (
-                config if name == self.chosen else compose_config([*others, f"method={name}"])
-            ).method.build(seed=config.seed)
-            for name in names
-        }
+        self.methods: dict[str, AttentionMethod] = {}
+        for name in dict.fromkeys((*EXACT, "star", "apb", self.chosen)):
+            settings = config.method
+            if name in EXACT and name != self.chosen:
+                settings = PLUGINS["method"][name]()
+            elif name != self.chosen:
+                settings = compose_config([*others, f"method={name}"]).method
+            self.methods[name] = settings.build(seed=config.seed)
 
     def costs(self, world_size: int) -> CostModel:
         options = self._options

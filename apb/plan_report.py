@@ -19,7 +19,8 @@ from apb.plot import plot_lines
 _KI, _MI = 2**10, 2**20
 LENGTHS = (8 * _KI, 32 * _KI, 128 * _KI, 512 * _KI, _MI, 4 * _MI, 10_000_000)
 _MOST_RANKS = 1024
-_EXACT = ("full", "ring", "zigzag", "ulysses")
+EXACT = ("full", "ring", "zigzag", "ulysses")
+"""Methods without settings."""
 
 
 class Outlook(Protocol):
@@ -104,7 +105,7 @@ def _rank_lines(estimate: Estimate) -> Iterator[str]:
 def _break_even_line(outlook: Outlook, world_size: int) -> str:
     if "apb" not in outlook.methods or world_size == 1:
         return "break-even: needs several ranks"
-    exact = {name: outlook.methods[name] for name in _EXACT}
+    exact = {name: outlook.methods[name] for name in EXACT}
     length = break_even(outlook.methods["apb"], exact, outlook.request(1, world_size))
     if length is None:
         return f"break-even: never on {_ranks(world_size)}"
@@ -141,7 +142,7 @@ def overview_lines(outlook: Outlook, world_size: int) -> list[str]:
 def _gain(seconds: Mapping[str, float | str]) -> str:
     """How much sooner `apb` answers than the exact methods that fit."""
     ours = seconds["apb"]
-    exact = {name: value for name in _EXACT if isinstance(value := seconds[name], float)}
+    exact = {name: value for name in EXACT if isinstance(value := seconds[name], float)}
     if isinstance(ours, str) or not exact:
         return "" if isinstance(ours, str) else "only apb fits"
     best = min(exact, key=lambda name: exact[name])
