@@ -5,6 +5,7 @@ Letters beside those of `base`: N partitions, L tokens of a partition.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,8 @@ class LagKvCompressor(Compressor):
         """Softmax, within each partition, of the deviation of its tokens' channels: ``[K, S]``."""
         count = x_KSD.shape[1] // lag
         x_KNLD = x_KSD[:, : count * lag].unflatten(1, (count, lag))
-        low_KN1D, high_KN1D = x_KNLD.aminmax(dim=2, keepdim=True)
+        # Apart they take a fifth of the time of `aminmax` on a CPU.
+        low_KN1D, high_KN1D = x_KNLD.amin(dim=2, keepdim=True), x_KNLD.amax(dim=2, keepdim=True)
         reference = [*range(1, count), max(count - 2, 0)]
         whole_KNL = _softmax_of_deviation(x_KNLD, low_KN1D[:, reference], high_KN1D[:, reference])
         if count * lag == x_KSD.shape[1]:
@@ -56,7 +58,9 @@ def _softmax_of_deviation(x_LD: Tensor, low_1D: Tensor, high_1D: Tensor) -> Tens
     """Over the last two dimensions; a channel that does not vary there is not stretched."""
     range_1D = high_1D.float() - low_1D.float()
     scaled_LD = (x_LD - low_1D.float()) / range_1D.masked_fill(range_1D == 0, 1.0)
-    return scaled_LD.std(dim=-1).softmax(dim=-1)
+    centred_LD = scaled_LD - scaled_LD.mean(dim=-1, keepdim=True)
+    deviation_L = torch.linalg.vector_norm(centred_LD, dim=-1) / math.sqrt(x_LD.shape[-1] - 1)
+    return deviation_L.softmax(dim=-1)
 
 
 def _shares(scores_L: Tensor) -> Tensor:
