@@ -60,7 +60,8 @@ def _softmax_of_deviation(x_LD: Tensor, low_1D: Tensor, high_1D: Tensor) -> Tens
     scaled_LD = (x_LD - low_1D.float()) / range_1D.masked_fill(range_1D == 0, 1.0)
     centred_LD = scaled_LD - scaled_LD.mean(dim=-1, keepdim=True)
     deviation_L = torch.linalg.vector_norm(centred_LD, dim=-1) / math.sqrt(x_LD.shape[-1] - 1)
-    return deviation_L.softmax(dim=-1)
+    shares_L: Tensor = deviation_L.softmax(dim=-1)
+    return shares_L
 
 
 def _shares(scores_L: Tensor) -> Tensor:
