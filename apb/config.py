@@ -157,6 +157,16 @@ def register_configs() -> None:
             store.store(group=group, name=f"{name}_schema", node=schema)
 
 
+def check_same_weights(old: RunConfig, new: RunConfig) -> None:
+    """Raises InputError where ranks that serve `old` cannot serve `new` as they are."""
+    for name in ("model", "dtype", "device", "runtime", "allow_beyond_context", "world_size"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise InputError(
+                f"{name} cannot change from {before} to {after} between requests: make another LLM"
+            )
+
+
 def plugin_name(group: str, config: object) -> str:
     """The name under which a plug-in's config stands in `PLUGINS`."""
     return next(name for name, schema in PLUGINS[group].items() if type(config) is schema)

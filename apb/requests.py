@@ -50,8 +50,10 @@ class RequestReader:
         self._max_positions = max_positions
         self.tokenizer = load_tokenizer(config.model)
 
-    def question(self, document: Given, question: Given, params: dict[str, Any]) -> Question:
-        """A question about a document.
+    def question(
+        self, document: Given, question: Given, params: dict[str, Any], answer_start: str = ""
+    ) -> Question:
+        """A question about a document; the answer goes on from `answer_start`.
 
         Raises:
             InputError: empty, too long, or sampling settings out of range.
@@ -62,6 +64,7 @@ class RequestReader:
             question,
             template=self._config.model.template,
             user_template=self._config.model.user_template,
+            answer_start=answer_start,
         )
         sampling = SamplingParams(**params)
         max_tokens = self._max_tokens(prompt, sampling.max_tokens)

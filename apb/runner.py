@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 from apb.agreement import together
 from apb.attention.base import AttentionTarget
 from apb.comm import Communicator
-from apb.config import RunConfig, plugin_name
+from apb.config import RunConfig, check_same_weights, compose_config, plugin_name
 from apb.engine import Engine
 from apb.errors import InputError
-from apb.generation import Step, generate, logprobs
+from apb.generation import Step, generate
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
@@ -33,6 +33,7 @@ from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Given, Question, RequestReader
+from apb.scoring import divergence, logprobs
 from apb.speculate.speculator import Speculator
 
 Reply = dict[str, Any]
@@ -62,21 +63,28 @@ class RequestRunner:
         Raises:
             InputError: the model is not there or not supported.
         """
-        self._config, self._comm = config, comm
+        self._comm = comm
         self._hf_config = load_config(config.model)
         max_positions: int = self._hf_config.max_position_embeddings
         self._reader = RequestReader(config, max_positions=max_positions)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
-        self._method = config.method.build(seed=config.seed)
-        shape = model_shape(self._hf_config)
-        self._backend = config.backend.build(
-            AttentionTarget(comm.device, self._dtype, shape.head_dim)
-        )
-        self._planner = Planner(config, comm, self._method, shape=shape, dtype=self._dtype)
         self._progress = Progress(enabled=comm.rank == OWNER)
-        self._engine: Engine | None = None
+        self._model: CausalLM | None = None
         self._speculator: Speculator | None = None
+        self._configure(config)
+
+    def _configure(self, config: RunConfig) -> None:
+        """Take settings under which loaded weights stay as they are."""
+        method = config.method.build(seed=config.seed)
+        shape = model_shape(self._hf_config)
+        target = AttentionTarget(self._comm.device, self._dtype, shape.head_dim)
+        backend = config.backend.build(target)
+        if self._model is not None and config.drafter != self._config.drafter:
+            self._speculator = None
+        self._config, self._method, self._backend = config, method, backend
+        self._planner = Planner(config, self._comm, method, shape=shape, dtype=self._dtype)
+        self._engine: Engine | None = None
 
     def handle(
         self, op: str, arguments: dict[str, Any], is_cancelled: Callable[[], bool] = lambda: False
@@ -95,10 +103,15 @@ class RequestRunner:
             case = make_needle(self._reader.count_tokens, **arguments)
             fields = {"document": case.document, "question": case.question, "answer": case.answer}
             yield {"result": fields}
+        elif op == "configure":
+            config = compose_config(arguments["overrides"])
+            check_same_weights(self._config, config)
+            together(self._comm, arguments, partial(self._configure, config))
+            yield {"result": None}
         elif op == "ask":
             yield from self._ask(**arguments, is_cancelled=is_cancelled)
-        elif op == "logprobs":
-            yield {"result": self._logprobs(**arguments)}
+        elif op in ("logprobs", "divergence"):
+            yield {"result": self._score(op, **arguments)}
         else:
             raise InputError(f"unknown request {op!r}")
 
@@ -114,25 +127,23 @@ class RequestRunner:
 
     def _load(self) -> Engine:
         """The engine; the first call loads the weights."""
-        if self._engine is None:
-            model = CausalLM.load(
-                self._config.model,
-                dtype=self._dtype,
-                device=self._comm.device,
-                chunk_len=self._config.runtime.chunk_len,
-            )
-            self._engine = Engine(
-                model=model,
-                method=self._method,
-                backend=self._backend,
-                comm=self._comm,
-                on_layer=self._progress.advance,
-            )
-            if self.is_owner:
-                target = HfTarget(
-                    model, self._reader.tokenizer, self._eos_ids, self._config.model.drafting_folder
-                )
-                self._speculator = Speculator(self._config.drafter, target)
+        model = self._model = self._model or CausalLM.load(
+            self._config.model,
+            dtype=self._dtype,
+            device=self._comm.device,
+            chunk_len=self._config.runtime.chunk_len,
+        )
+        self._engine = self._engine or Engine(
+            model=model,
+            method=self._method,
+            backend=self._backend,
+            comm=self._comm,
+            on_layer=self._progress.advance,
+        )
+        if self.is_owner and self._speculator is None:
+            drafting = self._config.model.drafting_folder
+            target = HfTarget(model, self._reader.tokenizer, self._eos_ids, drafting)
+            self._speculator = Speculator(self._config.drafter, target)
         return self._engine
 
     def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:
@@ -144,7 +155,7 @@ class RequestRunner:
             request = read()
             plan = self._planner.plan(request.prompt)
             placement = self._planner.propose_placement(
-                plan, room=request.room, weights_loaded=self._engine is not None
+                plan, room=request.room, weights_loaded=self._model is not None
             )
             prepared_s = time.perf_counter() - begin
             return request, _Ready(self._load(), plan, placement, prepared_s, [])
@@ -159,11 +170,12 @@ class RequestRunner:
         document: Given,
         question: Given,
         params: dict[str, Any],
+        answer_start: str = "",
         is_cancelled: Callable[[], bool],
     ) -> Generator[Reply, None, None]:
         request, ready = self._prepare(
-            [document, question, params],
-            partial(self._reader.question, document, question, params),
+            [document, question, params, answer_start],
+            partial(self._reader.question, document, question, params, answer_start),
         )
         meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
         if self._speculator is not None:
@@ -262,15 +274,24 @@ class RequestRunner:
             metrics=metrics,
         )
 
-    def _logprobs(
-        self, *, document: Given, continuation: Given, query: Given | None
-    ) -> list[float]:
+    def _score(
+        self, op: str, *, document: Given, continuation: Given, query: Given | None
+    ) -> list[float] | dict[str, list[float]]:
         request, ready = self._prepare(
-            [document, continuation, query],
+            [op, document, continuation, query],
             partial(self._reader.continuation, document, continuation, query),
         )
+        engine = ready.engine
         try:
             self._read(request, ready)
-            return logprobs(ready.engine, request.rows, request.targets)
+            if op == "logprobs":
+                return logprobs(engine, request.rows, request.targets)
+            own_TM = engine.extend(request.rows).clone()
+            method, plan = self._planner.exact(request.prompt)
+            engine.prefill(
+                request.prompt, plan, room=request.room, placement=ready.placement, method=method
+            )
+            exact_TM = engine.extend(request.rows)
+            return divergence(engine, own_TM, exact_TM, request.targets)._asdict()
         finally:
-            ready.engine.release()
+            engine.release()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from apb.errors import InputError
 from apb.prompts.needle_kinds import KINDS
 from benchmarks.environment import REPORTS, ROOT, Environment
-from benchmarks.prose import PASSAGES
+from apb.evaluate.prose import PASSAGES
 from benchmarks.quality_lab import METHODS, REFERENCE, Lab
 from benchmarks.quality_report import render, summarise
 from benchmarks.quality_tasks import NeedleTask, ProseTask, Row, Task

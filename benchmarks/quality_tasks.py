@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apb.prompts.base import PromptTokens
 from apb.prompts.needle import is_correct, make_needle
-from benchmarks.prose import PASSAGES
+from apb.evaluate.prose import PASSAGES
 from benchmarks.quality_lab import REFERENCE, Lab
 
 PROSE = "prose"
