@@ -15,7 +15,7 @@ from apb.config import RunConfig, compose_config, model_names, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.local import LocalSession
-from apb.output import Divergence, RequestOutput
+from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
 Tokens = str | Sequence[int]
@@ -131,10 +131,15 @@ class LLM:
 
         `query` only steers what is compressed; it is not part of the text.
         """
+        return self.likelihood(document, continuation, query).logprobs
+
+    def likelihood(
+        self, document: Tokens, continuation: Tokens, query: Tokens | None = None
+    ) -> Likelihood:
+        """As `logprobs`, and whether each token is the one that greedy decoding would take."""
         with self._request():
             arguments = _continuation_arguments(document, continuation, query)
-            values: list[float] = _result(self._session.call("logprobs", **arguments))
-            return values
+            return Likelihood(**_result(self._session.call("likelihood", **arguments)))
 
     def divergence(
         self, document: Tokens, continuation: Tokens, query: Tokens | None = None
@@ -182,19 +187,19 @@ class LLM:
 
 
 def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
-    if config.launcher == "torchrun" or (config.launcher == "auto" and _inside_torchrun()):
+    if config.launcher == "torchrun" or (config.launcher == "auto" and inside_torchrun()):
         # Here, as it imports transformers, which the driver of a local gang does without.
         from apb.launchers.torchrun import TorchrunSession
 
         return TorchrunSession(config)
-    return LocalSession(overrides, world_size=config.world_size or _default_world_size(config))
+    return LocalSession(overrides, world_size=config.world_size or default_world_size(config))
 
 
-def _inside_torchrun() -> bool:
+def inside_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _default_world_size(config: RunConfig) -> int:
+def default_world_size(config: RunConfig) -> int:
     import torch
 
     return 1 if config.device == "cpu" else max(1, torch.cuda.device_count())

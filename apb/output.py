@@ -13,6 +13,14 @@ from typing import Any, NamedTuple
 from apb.errors import InputError
 
 
+class Likelihood(NamedTuple):
+    """One value per token of a continuation."""
+
+    logprobs: list[float]
+    is_best: list[bool]
+    """Whether no other token is likelier there."""
+
+
 class Divergence(NamedTuple):
     """One value per token of a continuation, in nats."""
 

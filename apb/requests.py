@@ -35,6 +35,8 @@ class Continuation(NamedTuple):
     prompt: PromptTokens
     rows: list[int]
     targets: list[int]
+    reread: int
+    """Tokens of the context that are among the rows: a document of one token is both."""
 
     @property
     def room(self) -> int:
@@ -81,13 +83,12 @@ class RequestReader:
         document_ids = self._raw_ids(document, "document", at_start=True)
         targets = self._raw_ids(continuation, "continuation")
         steer = [] if query is None else self._raw_ids(query, "query")
-        if len(document_ids) < 2:
-            raise InputError("the document has one token and logprobs needs at least two")
         length = len(document_ids) + len(targets) - 1
         self._check_length(length, len(targets) - 1, "continuation")
         # The last document token is the first row that predicts; the context precedes it.
-        prompt = PromptTokens((), tuple(document_ids[:-1]), tuple(steer))
-        return Continuation(prompt, [document_ids[-1], *targets[:-1]], targets)
+        reread = 1 if len(document_ids) == 1 else 0
+        prompt = PromptTokens((), tuple(document_ids[:-1] or document_ids), tuple(steer))
+        return Continuation(prompt, [document_ids[-1], *targets[:-1]], targets, reread)
 
     def count_tokens(self, text: str) -> int:
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

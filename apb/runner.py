@@ -33,7 +33,7 @@ from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Given, Question, RequestReader
-from apb.scoring import divergence, logprobs
+from apb.scoring import divergence, likelihood
 from apb.speculate.speculator import Speculator
 
 Reply = dict[str, Any]
@@ -110,7 +110,7 @@ class RequestRunner:
             yield {"result": None}
         elif op == "ask":
             yield from self._ask(**arguments, is_cancelled=is_cancelled)
-        elif op in ("logprobs", "divergence"):
+        elif op in ("likelihood", "divergence"):
             yield {"result": self._score(op, **arguments)}
         else:
             raise InputError(f"unknown request {op!r}")
@@ -276,7 +276,7 @@ class RequestRunner:
 
     def _score(
         self, op: str, *, document: Given, continuation: Given, query: Given | None
-    ) -> list[float] | dict[str, list[float]]:
+    ) -> dict[str, list[float]]:
         request, ready = self._prepare(
             [op, document, continuation, query],
             partial(self._reader.continuation, document, continuation, query),
@@ -284,13 +284,16 @@ class RequestRunner:
         engine = ready.engine
         try:
             self._read(request, ready)
-            if op == "logprobs":
-                return logprobs(engine, request.rows, request.targets)
-            own_TM = engine.extend(request.rows).clone()
+            engine.rewind(request.reread)
+            own_TM = engine.extend(request.rows)
+            if op == "likelihood":
+                return likelihood(engine, own_TM, request.targets)._asdict()
+            own_TM = own_TM.clone()
             method, plan = self._planner.exact(request.prompt)
             engine.prefill(
                 request.prompt, plan, room=request.room, placement=ready.placement, method=method
             )
+            engine.rewind(request.reread)
             exact_TM = engine.extend(request.rows)
             return divergence(engine, own_TM, exact_TM, request.targets)._asdict()
         finally:

@@ -16,7 +16,7 @@ from apb.engine import Engine
 from apb.errors import RequestError
 from apb.generation import not_finite
 from apb.methods.decode import OWNER
-from apb.output import Divergence
+from apb.output import Divergence, Likelihood
 
 _LOGIT_ROWS = 256
 """Rows whose logits are held at once: 256 rows of 128K logits are 128 MiB."""
@@ -28,12 +28,19 @@ def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -
     Raises:
         RequestError: the logits are not finite, on every rank.
     """
-    hidden_TM = engine.extend(token_ids)
-    values: list[float] | None = []
+    return likelihood(engine, engine.extend(token_ids), targets).logprobs
+
+
+def likelihood(engine: Engine, hidden_TM: Tensor, targets: Sequence[int]) -> Likelihood:
+    """How likely each target is where `Engine.extend` gave ``hidden_TM``.
+
+    Raises:
+        RequestError: the logits are not finite, on every rank.
+    """
+    values: Any = []
     if engine.is_owner:
         values = _chosen(engine, hidden_TM, targets)
-    result: list[float] = _agreed(engine, values)
-    return result
+    return Likelihood(*_agreed(engine, values))
 
 
 def divergence(
@@ -48,24 +55,24 @@ def divergence(
     if engine.is_owner:
         own = _chosen(engine, own_TM, targets)
         exact = _chosen(engine, exact_TM, targets)
-        finite = own is not None and exact is not None
-        values = [own, exact, _kl(engine, own_TM, exact_TM)] if finite else None
+        values = own and exact and [own.logprobs, exact.logprobs, _kl(engine, own_TM, exact_TM)]
     return Divergence(*_agreed(engine, values))
 
 
-def _chosen(engine: Engine, hidden_TM: Tensor, targets: Sequence[int]) -> list[float] | None:
-    """Log-probabilities of the targets; None where logits are not finite."""
+def _chosen(engine: Engine, hidden_TM: Tensor, targets: Sequence[int]) -> Likelihood | None:
+    """None where logits are not finite."""
     targets_T = torch.tensor(targets, dtype=torch.int64, device=hidden_TM.device)
-    values: list[float] = []
-    finite = True
+    found = Likelihood([], [])
     for rows_TM, wanted_T in zip(
         hidden_TM.split(_LOGIT_ROWS), targets_T.split(_LOGIT_ROWS), strict=True
     ):
         logits_TV = engine.model.logits(rows_TM)
-        finite = finite and bool(logits_TV.isfinite().all())
+        if not logits_TV.isfinite().all():
+            return None
         chosen_T = logits_TV.log_softmax(dim=-1).gather(1, wanted_T[:, None])[:, 0]
-        values += chosen_T.tolist()
-    return values if finite else None
+        found.logprobs.extend(chosen_T.tolist())
+        found.is_best.extend((logits_TV.argmax(dim=-1) == wanted_T).tolist())
+    return found
 
 
 def _kl(engine: Engine, own_TM: Tensor, exact_TM: Tensor) -> list[float]:

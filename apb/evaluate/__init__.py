@@ -1,1 +1,1 @@
-"""What a method does to answers: generated and given tasks, their scores, and paired comparisons."""
+"""What a method does to answers: tasks, generated and given, their scores, paired comparisons."""

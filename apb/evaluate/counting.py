@@ -69,7 +69,7 @@ def _start(where: str) -> str:
 
 
 def frequent_words(rng: random.Random, length: int) -> Draft:
-    """A text whose k-th word by number makes up a share of ``k**-2``; the first of them is noise."""
+    """A text whose k-th word by number has a share of ``k**-2``; the first of them is noise."""
     vocabulary = [_NOISE_WORD, *islice(words.codes(rng), _NUM_CODES - 1)]
     seed = rng.random()
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from apb.evaluate.fit import Build, Encode, fit
+from apb.evaluate.fit import Build, Encode, check_fits, fit
 
 
 class Draft(NamedTuple):
@@ -46,15 +46,22 @@ class Task(NamedTuple):
     score: Score
     max_tokens: int
 
+    def check(self, name: str, length: int, *, seed: int, encode: Encode) -> None:
+        """Raises InputError if the task does not fit into `length` tokens, without filling them."""
+        check_fits(self._draft(name, length, seed, 0).build, encode, length, what=name)
+
     def sample(self, name: str, length: int, *, seed: int, index: int, encode: Encode) -> Sample:
         """The sample that the arguments decide, on any machine, for one tokenizer.
 
         Raises:
             InputError: the task does not fit into `length` tokens.
         """
-        draft = self.draft(random.Random(f"{name} {length} {seed} {index}"), length)
+        draft = self._draft(name, length, seed, index)
         text, ids = fit(draft.build, encode, length, what=name)
         return Sample(text, ids, draft.question, draft.answers, draft.answer_start)
+
+    def _draft(self, name: str, length: int, seed: int, index: int) -> Draft:
+        return self.draft(random.Random(f"{name} {length} {seed} {index}"), length)
 
 
 def depths(rng: random.Random, number: int) -> list[float]:

@@ -60,13 +60,7 @@ def fit(build: Build, encode: Encode, length: int, *, what: str) -> Fitted:
     Raises:
         InputError: the text without any filler is longer already.
     """
-    bare = build(0)
-    least = len(encode_pieces(encode, bare))
-    if least > length:
-        raise InputError(
-            f"lengths={length} cannot hold {what}, which needs {least} tokens with this tokenizer: "
-            "raise it or leave the task out"
-        )
+    least = check_fits(build, encode, length, what=what)
     limit = length
     while True:
         text = build(_search(build, encode, least, limit))
@@ -78,6 +72,17 @@ def fit(build: Build, encode: Encode, length: int, *, what: str) -> Fitted:
         closing = _closing(encode, length - len(ids))
         text, ids = text + closing, ids + encode(closing)
     return Fitted(text, ids)
+
+
+def check_fits(build: Build, encode: Encode, length: int, *, what: str) -> int:
+    """Tokens of the text without filler; raises InputError if they are more than `length`."""
+    least = len(encode_pieces(encode, build(0)))
+    if least > length:
+        raise InputError(
+            f"lengths={length} cannot hold {what}, which needs {least} tokens with this tokenizer: "
+            "raise it or leave the task out"
+        )
+    return least
 
 
 def _search(build: Build, encode: Encode, least: int, limit: int) -> int:
@@ -121,7 +126,7 @@ def _estimate(encode: Encode, text: str) -> _Length:
 
 
 def _closing(encode: Encode, room: int) -> str:
-    """As much filler as `room` tokens hold, cut at a word or, where that is too coarse, anywhere."""
+    """As much filler as `room` tokens hold, cut at a word or, if that is too coarse, anywhere."""
     text = "\n\n" + _FILLER * (1 + room * 8 // len(_FILLER))
     words = [at for at, char in enumerate(text) if at > 2 and not char.isalnum()]
     by_words = _longest(encode, text, words, room)

@@ -1,4 +1,4 @@
-"""Variable tracking (RULER, section 3): which variables a value reaches, assignment by assignment."""
+"""Variable tracking (RULER, section 3): which variables a value reaches by assignments."""
 
 from __future__ import annotations
 
