@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from apb.agreement import together
-from apb.attention.base import AttentionTarget
+from apb.attention.base import AttentionBackend, AttentionTarget
 from apb.comm import Communicator
-from apb.config import RunConfig, check_same_weights, compose_config, plugin_name
+from apb.config import RunConfig, plugin_name, recompose_config
 from apb.engine import Engine
 from apb.errors import InputError
 from apb.generation import Step, generate
@@ -23,6 +23,7 @@ from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import stop_ids
+from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan, RankRows
@@ -38,6 +39,7 @@ from apb.speculate.speculator import Speculator
 
 Reply = dict[str, Any]
 R = TypeVar("R", Question, Continuation)
+_Parts = tuple[AttentionMethod, AttentionBackend]
 
 
 class _Ready(NamedTuple):
@@ -65,6 +67,7 @@ class RequestRunner:
         """
         self._comm = comm
         self._hf_config = load_config(config.model)
+        self._shape = model_shape(self._hf_config)
         max_positions: int = self._hf_config.max_position_embeddings
         self._reader = RequestReader(config, max_positions=max_positions)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
@@ -72,18 +75,20 @@ class RequestRunner:
         self._progress = Progress(enabled=comm.rank == OWNER)
         self._model: CausalLM | None = None
         self._speculator: Speculator | None = None
-        self._configure(config)
+        self._configure(config, self._parts(config))
 
-    def _configure(self, config: RunConfig) -> None:
+    def _parts(self, config: RunConfig) -> _Parts:
+        target = AttentionTarget(self._comm.device, self._dtype, self._shape.head_dim)
+        return config.method.build(seed=config.seed), config.backend.build(target)
+
+    def _configure(self, config: RunConfig, parts: _Parts) -> None:
         """Take settings under which loaded weights stay as they are."""
-        method = config.method.build(seed=config.seed)
-        shape = model_shape(self._hf_config)
-        target = AttentionTarget(self._comm.device, self._dtype, shape.head_dim)
-        backend = config.backend.build(target)
         if self._model is not None and config.drafter != self._config.drafter:
             self._speculator = None
-        self._config, self._method, self._backend = config, method, backend
-        self._planner = Planner(config, self._comm, method, shape=shape, dtype=self._dtype)
+        self._config, (self._method, self._backend) = config, parts
+        self._planner = Planner(
+            config, self._comm, self._method, shape=self._shape, dtype=self._dtype
+        )
         self._engine: Engine | None = None
 
     def handle(
@@ -104,14 +109,13 @@ class RequestRunner:
             fields = {"document": case.document, "question": case.question, "answer": case.answer}
             yield {"result": fields}
         elif op == "configure":
-            config = compose_config(arguments["overrides"])
-            check_same_weights(self._config, config)
-            together(self._comm, arguments, partial(self._configure, config))
+            config = recompose_config(self._config, arguments["overrides"])
+            self._configure(config, together(self._comm, arguments, partial(self._parts, config)))
             yield {"result": None}
         elif op == "ask":
             yield from self._ask(**arguments, is_cancelled=is_cancelled)
         elif op in ("likelihood", "divergence"):
-            yield {"result": self._score(op, **arguments)}
+            yield {"result": self._score(op, arguments)}
         else:
             raise InputError(f"unknown request {op!r}")
 
@@ -274,21 +278,16 @@ class RequestRunner:
             metrics=metrics,
         )
 
-    def _score(
-        self, op: str, *, document: Given, continuation: Given, query: Given | None
-    ) -> dict[str, list[float]]:
-        request, ready = self._prepare(
-            [op, document, continuation, query],
-            partial(self._reader.continuation, document, continuation, query),
-        )
+    def _score(self, op: str, arguments: dict[str, Any]) -> dict[str, list[float]]:
+        read = partial(self._reader.continuation, **arguments)
+        request, ready = self._prepare([op, arguments], read)
         engine = ready.engine
         try:
             self._read(request, ready)
             engine.rewind(request.reread)
-            own_TM = engine.extend(request.rows)
+            own_TM = engine.extend(request.rows).clone()
             if op == "likelihood":
                 return likelihood(engine, own_TM, request.targets)._asdict()
-            own_TM = own_TM.clone()
             method, plan = self._planner.exact(request.prompt)
             engine.prefill(
                 request.prompt, plan, room=request.room, placement=ready.placement, method=method

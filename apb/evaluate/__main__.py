@@ -7,7 +7,8 @@ tasks=NAME,...        ruler (its thirteen tasks), all (with kv_retrieval and pro
 methods=NAME,...      the first is the baseline; apb+method.wire=int8 has a setting of its own
 lengths=N,...         of documents, in the model's tokens
 samples=N             of each task at each length (20)
-output=FOLDER         for samples.jsonl, summary.json, report.md and, with matplotlib, scores.svg
+output=FOLDER         for samples.jsonl, summary.json, report.md and, if matplotlib is installed,
+                      scores.svg
 baseline=FOLDER       compare with the first method of another evaluation instead
 data=FILE.jsonl,...   questions of your own, as LongBench and InfiniteBench write them
 metric=part|all|f1    how their answers are scored (part: any right answer occurs)
@@ -23,13 +24,20 @@ import sys
 from collections.abc import Sequence
 
 from apb.errors import ApbError
-from apb.evaluate.evaluation import baseline_rows, evaluate
+from apb.evaluate.evaluation import (
+    check_comparable,
+    evaluate,
+    first_method,
+    other_evaluation,
+)
 from apb.evaluate.plot import plot_scores
 from apb.evaluate.report import render
 from apb.evaluate.settings import Settings, parse_settings
 from apb.evaluate.summary import summarise
 from apb.output import write_json
 from apb.report import installed_versions
+
+_PLOT = "scores.svg"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,15 +61,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(settings: Settings) -> list[str]:
+    other = None if settings.baseline is None else other_evaluation(settings.baseline)
     rows = evaluate(settings)
-    name, others = baseline_rows(settings, rows)
+    name, others = baseline = other or first_method(settings, rows)
+    check_comparable(rows, baseline)
     summary = summarise(rows, name, others)
     found = installed_versions()
     lines = render(summary, settings, versions=", ".join(map(" ".join, found.items())))
     model = settings.config.model.name
-    plot = plot_scores(summary, settings.output / "scores.svg", title=model)
-    if plot is not None:
-        lines += ["", f"![Scores by length]({plot.name})"]
+    if plot_scores(summary, settings.output / _PLOT, title=model):
+        lines += ["", f"![Scores by length]({_PLOT})"]
     data = {
         **settings.identity(),
         "model": model,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 from apb.config import RunConfig
 from apb.errors import InputError
 from apb.evaluate.cases import CONTINUATION_LEN, Item, Vocabulary, items
-from apb.evaluate.journal import Journal, Place, Row, Rows, read_evaluation
+from apb.evaluate.journal import Journal, Place, Row, read_evaluation
 from apb.evaluate.settings import Settings
 from apb.hf.model import load_config
 from apb.hf.tokenizer import load_tokenizer
@@ -85,34 +86,37 @@ def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) ->
                 bar.update()
 
 
-def baseline_rows(settings: Settings, rows: Sequence[Row]) -> tuple[str, Mapping[Place, Row]]:
-    """Whom methods are compared with, and its rows: the first method, or one of another folder.
+Baseline = tuple[str, Mapping[Place, Row]]
+"""A name, and the rows that others are compared with."""
+
+
+def first_method(settings: Settings, rows: Sequence[Row]) -> Baseline:
+    """The baseline where no other evaluation is."""
+    first = next(iter(settings.methods))
+    return first, {row.place: row for row in rows if row.method == first}
+
+
+def other_evaluation(folder: Path) -> Baseline:
+    """The first method of the evaluation in a folder.
 
     Raises:
-        InputError: the other folder has other samples.
+        InputError: there is none.
     """
-    if settings.baseline is None:
-        first = next(iter(settings.methods))
-        return first, {row.place: row for row in rows if row.method == first}
-    there, others = read_evaluation(settings.baseline)
+    there, rows = read_evaluation(folder)
     first = next(iter(there["methods"]))
-    return f"{settings.baseline.name}: {first}", _matched(settings, rows, others, first)
+    chosen = {row.place: row for row in rows.values() if row.method == first}
+    return f"{folder.name}: {first}", chosen
 
 
-def _matched(
-    settings: Settings, rows: Sequence[Row], others: Rows, method: str
-) -> Mapping[Place, Row]:
-    matched = {}
-    for row in rows:
-        other = others.get((row.place, method))
-        if other is None:
-            continue
-        if other.digest != row.digest:
+def check_comparable(rows: Sequence[Row], baseline: Baseline) -> None:
+    """Raises InputError unless the rows share samples with the baseline, and those are the same."""
+    name, others = baseline
+    shared = [row for row in rows if row.place in others]
+    if not shared:
+        raise InputError(f"baseline={name} shares no sample with this evaluation: give another")
+    for row in shared:
+        if others[row.place].digest != row.digest:
             raise InputError(
-                f"baseline={settings.baseline} has other documents than this evaluation (at "
-                f"{row.task}, {row.length}, {row.index}): give one with the same model and seed"
+                f"baseline={name} has other documents than this evaluation (at {row.task}, "
+                f"{row.length}, {row.index}): give one with the same model and seed"
             )
-        matched[row.place] = other
-    if not matched:
-        raise InputError(f"baseline={settings.baseline} shares no sample with this evaluation")
-    return matched

@@ -69,9 +69,12 @@ class Journal:
             ApbError: it cannot be written.
         """
         self.folder = folder
-        self.rows = _read(folder) if (folder / _SETTINGS).is_file() else {}
+        self.rows: Rows = {}
         if (folder / _SETTINGS).is_file():
             settings = _merged(folder, settings)
+            self.rows = _read(folder)
+        elif (folder / _SAMPLES).exists():
+            raise InputError(f"{folder / _SAMPLES} has no {_SETTINGS} beside it: give a new folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / _SETTINGS, dict(settings))

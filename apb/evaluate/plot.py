@@ -13,13 +13,13 @@ _NUDGE = 1.02
 """Neighbouring methods are drawn so much apart, so that their intervals do not hide each other."""
 
 
-def plot_scores(summary: Summary, path: Path, *, title: str) -> Path | None:
-    """Write an SVG with a line and 95 % intervals per method; None without matplotlib or scores."""
+def plot_scores(summary: Summary, path: Path, *, title: str) -> bool:
+    """Write an SVG with a line and 95 % intervals per method, where matplotlib and scores are."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        return None
+        return False
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = dict.fromkeys(ink, _INK)
     style |= {"svg.fonttype": "none", "svg.hashsalt": "apb"}
@@ -47,7 +47,7 @@ def plot_scores(summary: Summary, path: Path, *, title: str) -> Path | None:
                 label=method,
             )
         if not drawn:
-            return None
+            return False
         ticks = sorted(drawn)
         axes.set(xscale="log", title=title, xlabel="tokens of the document", ylabel="score, %")
         axes.set_ylim(-3, 103)
@@ -56,4 +56,4 @@ def plot_scores(summary: Summary, path: Path, *, title: str) -> Path | None:
         axes.grid(color=_INK, alpha=0.25)
         axes.legend(frameon=False)
         figure.savefig(path, transparent=True, metadata={"Date": None})
-    return path
+    return True

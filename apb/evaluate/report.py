@@ -10,7 +10,7 @@ from apb.evaluate.summary import Entry, Summary
 
 
 def render(summary: Summary, settings: Settings, *, versions: str) -> list[str]:
-    """The whole report; the plot, where there is one, lies beside it as ``scores.svg``."""
+    """The whole report."""
     return [
         f"# Evaluation of {settings.config.model.name}",
         "",

@@ -8,10 +8,10 @@ from apb.evaluate import counting, needles, questions, tracing
 from apb.evaluate.draft import Task
 from apb.evaluate.match import match_all, match_part
 
-# Answers may be as long as in RULER, whose prompts say how they begin as ours do.
+# Answers may be as long as in RULER, and begin as the prompts say, as there.
 TASKS: Mapping[str, Task] = {
     **{name: Task(draft, match_all, 128) for name, draft in needles.DRAFTS.items()},
-    **{name: Task(draft, match_all, 40) for name, draft in tracing.DRAFTS.items()},
+    **{name: Task(draft, match_all, 30) for name, draft in tracing.DRAFTS.items()},
     "cwe": Task(counting.common_words, match_all, 120),
     "fwe": Task(counting.frequent_words, match_all, 50),
     **{name: Task(draft, match_part, 32) for name, draft in questions.DRAFTS.items()},

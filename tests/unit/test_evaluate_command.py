@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -141,11 +142,18 @@ def test_a_folder_takes_more_methods_but_no_other_settings(tmp_path: Path) -> No
 
 
 def test_no_space_left_is_one_sentence_and_keeps_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
     journal = Journal(tmp_path, SETTINGS)
-    with pytest.raises(ApbError, match=r"No space left on device\): 0 samples are kept"):
-        journal.append(ROW)
+    journal.append(ROW)
+    with (
+        patch.object(journal, "_file", open("/dev/full", "a")),
+        pytest.raises(ApbError, match=r"No space left on device\): 1 samples are kept"),
+    ):
+        journal.append(replace(ROW, index=1))
     journal.close()
+    assert Journal(tmp_path, SETTINGS).rows == {(ROW.place, "full"): ROW}
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"samples\.jsonl has no settings\.json beside it"):
+        Journal(tmp_path, SETTINGS)
 
 
 def test_records_of_longbench_and_infinitebench_are_read(tmp_path: Path) -> None:
