@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from apb.config import RunConfig
 from apb.errors import InputError
-from apb.evaluate.cases import CONTINUATION_LEN, Item, Vocabulary, items
+from apb.evaluate.cases import Item, Vocabulary, items
 from apb.evaluate.journal import Journal, Place, Row, read_evaluation
 from apb.evaluate.settings import Settings
 from apb.hf.model import load_config
@@ -19,8 +19,8 @@ from apb.hf.tokenizer import load_tokenizer
 from apb.llm import LLM, inside_torchrun
 from apb.prompts.encode import control_tokens, encode_plain, start_ids
 
-_QUESTION_ROOM = 384
-"""Tokens that template, question and answer may take beside a document."""
+_ROOM = 384
+"""Tokens that template, question and answer, or a continuation, may take beside a document."""
 
 
 def evaluate(settings: Settings) -> Sequence[Row]:
@@ -42,11 +42,10 @@ def evaluate(settings: Settings) -> Sequence[Row]:
 
 def _check_lengths(settings: Settings, config: RunConfig) -> None:
     limit = int(load_config(config.model).max_position_embeddings)
-    room = max(_QUESTION_ROOM, CONTINUATION_LEN)
-    if settings.lengths[-1] + room > limit and not config.allow_beyond_context:
+    if settings.lengths[-1] + _ROOM > limit and not config.allow_beyond_context:
         raise InputError(
             f"lengths={settings.lengths[-1]} is beyond {config.model.name}, which reads {limit} "
-            f"tokens: give at most {limit - room}, or set allow_beyond_context=true"
+            f"tokens: give at most {limit - _ROOM}, or set allow_beyond_context=true"
         )
 
 

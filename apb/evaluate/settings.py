@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Settings:
         data: files with questions of the user's, and how their answers are scored.
         overrides: those of the command line, which every row depends on.
         baseline: another evaluation to compare with; None is the first method.
+        config: of the first method; methods differ in nothing that an evaluation itself reads.
     """
 
     tasks: tuple[str, ...]
@@ -50,11 +51,7 @@ class Settings:
     overrides: tuple[str, ...]
     output: Path
     baseline: Path | None
-
-    @property
-    def config(self) -> RunConfig:
-        """Of the first method; methods differ in nothing that an evaluation itself reads."""
-        return compose_config(next(iter(self.methods.values())))
+    config: RunConfig
 
     def identity(self) -> dict[str, Any]:
         """What rows in one folder have to share; methods may be added."""
@@ -79,25 +76,30 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
             values[key] = value
         else:
             overrides.append(argument.removeprefix("+"))
-    methods = _methods(_listed(values.get("methods", "full,star,apb")), overrides)
     data = tuple(Path(name) for name in _listed(values.get("data", "")))
     metric = values.get("metric", "part")
     if metric not in METRICS:
         raise InputError(f"metric={metric} must be one of {', '.join(METRICS)}")
+    stems = [path.stem for path in data]
+    if len({*stems, *TASKS, PROSE}) < len(stems) + len(TASKS) + 1:
+        raise InputError(f"data={values['data']}: files need names of their own, and no task's")
+    tasks = _tasks(_listed(values.get("tasks", "" if data else "ruler")))
+    lengths = _lengths(values.get("lengths", "4096"))
+    samples = whole_number("samples", values.get("samples", "20"))
     common = tuple(sorted(overrides))
-    identity = _identity(methods, common, data, metric)
-    model = compose_config(next(iter(methods.values()))).model.name
-    given = values.get("output")
+    methods, config = _methods(_listed(values.get("methods", "full,star,apb")), overrides)
+    folder = f"{config.model.name}-{_short(_identity({}, common, data, metric))}"
     return Settings(
-        tasks=_tasks(_listed(values.get("tasks", "" if data else "ruler"))),
+        tasks=tasks,
         methods=methods,
-        lengths=_lengths(values.get("lengths", "4096")),
-        samples=whole_number("samples", values.get("samples", "20")),
+        lengths=lengths,
+        samples=samples,
         data=data,
         metric=metric,
         overrides=common,
-        output=Path(given) if given else Path("outputs/evaluate") / f"{model}-{_short(identity)}",
+        output=Path(values.get("output", f"outputs/evaluate/{folder}")),
         baseline=Path(values["baseline"]) if "baseline" in values else None,
+        config=config,
     )
 
 
@@ -113,9 +115,7 @@ def _identity(
 
 
 def _short(identity: Mapping[str, Any]) -> str:
-    """For the folder's name, which stays when methods are added."""
-    known = {name: value for name, value in identity.items() if name != "methods"}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _digest(path: Path) -> str:
@@ -149,8 +149,12 @@ def _lengths(value: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _methods(labels: Sequence[str], overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Each label with its overrides: ``apb+method.wire=int8`` has one of its own.
+def _methods(
+    labels: Sequence[str], overrides: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], RunConfig]:
+    """Each label with its overrides, and the configuration of the first.
+
+    ``apb+method.wire=int8`` has a setting of its own.
 
     Settings of a method go to those that have them, so that ``method/compressor=query`` may stand
     beside ``methods=[full,apb]``.
@@ -167,21 +171,17 @@ def _methods(labels: Sequence[str], overrides: Sequence[str]) -> dict[str, tuple
     for override in overrides:
         if not any(_applies(override, name) for name in names):
             raise InputError(f"{override} applies to none of methods={','.join(names)}")
-    return {
-        label: tuple(_own(name, label.split("+")[1:], overrides))
-        for label, name in zip(labels, names, strict=True)
-    }
-
-
-def _own(name: str, own: Sequence[str], overrides: Sequence[str]) -> Iterator[str]:
-    yield f"method={name}"
-    given = [override for override in overrides if _applies(override, name)]
-    yield from given
-    yield from own
-    config = compose_config([f"method={name}", *given, *own])
-    alone = (config.world_size or default_world_size(config)) == 1
-    if name in _IN_BLOCKS and config.num_blocks is None and alone:
-        yield f"num_blocks={_NUM_BLOCKS}"
+    methods, configs = {}, []
+    for label, name in zip(labels, names, strict=True):
+        given = [override for override in overrides if _applies(override, name)]
+        own = [f"method={name}", *given, *label.split("+")[1:]]
+        config = compose_config(own)
+        alone = (config.world_size or default_world_size(config)) == 1
+        if name in _IN_BLOCKS and config.num_blocks is None and alone:
+            own.append(f"num_blocks={_NUM_BLOCKS}")
+        methods[label] = tuple(own)
+        configs.append(config)
+    return methods, configs[0]
 
 
 def _applies(override: str, name: str) -> bool:

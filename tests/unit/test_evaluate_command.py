@@ -34,20 +34,19 @@ VOCABULARY = Vocabulary(lambda text: list(text.encode()), (256,))
 
 
 def parsed(*words: str) -> Settings:
-    return parse_settings(["+model=tiny", *words])
+    return parse_settings(["+model=tiny", "methods=full", *words])
 
 
 def test_defaults_are_ruler_by_three_methods_with_blocks_on_one_rank() -> None:
-    found = parsed()
+    found = parse_settings(["+model=tiny"])
     assert found.tasks == RULER
     assert {label: own[-1] for label, own in found.methods.items()} == {
         "full": "model=tiny",
         "star": "num_blocks=8",
         "apb": "num_blocks=8",
     }
-    assert all("num_blocks=8" not in own for own in parsed("world_size=4").methods.values())
-    assert found.output != parsed("seed=1").output
-    assert found.output == parsed("methods=full").output
+    assert parsed("methods=apb", "world_size=4").methods["apb"][-1] == "world_size=4"
+    assert found.output == parsed().output != parsed("seed=1").output
 
 
 def test_settings_of_a_method_go_to_those_that_have_them() -> None:
@@ -77,10 +76,12 @@ def test_settings_of_a_method_go_to_those_that_have_them() -> None:
         (["metric=bleu"], "metric=bleu must be one of part, all, f1"),
         (["--quick"], "--quick is no setting: write key=value"),
         (["methods=full", "method.anchor_len=64"], "applies to none of methods=full"),
-        (["method.anchor=twice"], "method.anchor"),
+        (["methods=apb", "method.anchor=twice"], "method.anchor"),
         (["lenghts=4096"], "lenghts"),
         (["data=/nowhere.jsonl"], "data=/nowhere.jsonl cannot be read"),
-        (["lengths=65000"], "lengths=65000 is beyond tiny, which reads 65536 tokens"),
+        (["data=/one/vt.jsonl"], "files need names of their own, and no task's"),
+        (["data=/one/own.jsonl,/other/own.jsonl"], "files need names of their own"),
+        (["lengths=65400"], "lengths=65400 is beyond tiny, which reads 65536 tokens"),
         (["lengths=300", "tasks=niah_single_1,vt"], "lengths=300 cannot hold vt, which needs"),
         (["lengths=60000", "tasks=prose", "samples=1", "baseline=/nowhere"], "baseline=/nowhere"),
         (["launcher=torchrun"], "an evaluation starts its ranks itself"),
@@ -89,7 +90,7 @@ def test_settings_of_a_method_go_to_those_that_have_them() -> None:
 def test_bad_input_is_one_sentence(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["+model=tiny", f"output={tmp_path / 'o'}", *words]) == 2
+    assert main(["+model=tiny", "methods=full", f"output={tmp_path / 'o'}", *words]) == 2
     message = capsys.readouterr().err
     assert message.startswith("apb.evaluate: ")
     assert sentence in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from apb.evaluate.intervals import bootstrap, paired, sign_test, wilson
 from apb.evaluate.journal import Place, Row
 from apb.evaluate.match import match_all, match_part, word_f1
+from apb.evaluate.plot import plot_scores
 from apb.evaluate.summary import summarise
 
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=30)
@@ -130,3 +132,18 @@ def test_a_sample_that_only_one_of_two_has_is_in_no_difference() -> None:
     assert found is not None
     assert found.difference is not None
     assert (found.value.count, found.difference.count) == (2, 1)
+
+
+def test_the_plot_shows_every_method_with_scores(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        row("full", "a", 0, 1.0),
+        row("apb+num_blocks=4", "a", 0, 0.0),
+        row("star", "p", 0, None),
+    ]
+    path = tmp_path / "scores.svg"
+    assert plot_scores(summarise(rows, "full", {}), path, title="tiny")
+    drawn = path.read_text()
+    assert all(text in drawn for text in ("tiny", "full", "apb+num_blocks=4", "score, %"))
+    assert "star" not in drawn
+    assert not plot_scores(summarise(rows[2:], "full", {}), path, title="tiny")
