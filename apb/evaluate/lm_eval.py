@@ -165,7 +165,7 @@ class ApbLM(TemplateLM):
         )
         return SamplingParams(
             max_tokens=kwargs["max_gen_toks"],
-            temperature=kwargs["temperature"],
+            temperature=kwargs.get("temperature", 0.0),
             stop=tuple(text for text in stop if text),
             **{name: kwargs[name] for name in _SAMPLING if name in kwargs},
         )
