@@ -65,7 +65,7 @@ class RequestRunner:
         Raises:
             InputError: the model is not there or not supported.
         """
-        self._comm = comm
+        self._config, self._comm = config, comm
         self._hf_config = load_config(config.model)
         self._shape = model_shape(self._hf_config)
         max_positions: int = self._hf_config.max_position_embeddings

@@ -126,7 +126,7 @@ def items(settings: Settings, vocabulary: Vocabulary, *, max_tokens: int) -> lis
 
 def _question(place: Place, seed: int, encode: Encode) -> QuestionCase:
     task = TASKS[place.task]
-    sample = task.sample(place.task, place.length, seed=seed, index=place.index, encode=encode)
+    sample = task.sample(place.task, place.length, seed=seed, index=place.sample, encode=encode)
     return QuestionCase(sample, task.score, task.max_tokens)
 
 
@@ -150,7 +150,7 @@ def _prose(vocabulary: Vocabulary) -> Callable[[Place], ProseCase]:
         return encode_pieces(vocabulary.encode, PASSAGES[name]() + "\n\n")
 
     def case(place: Place) -> ProseCase:
-        names = [*PASSAGES][place.index :] + [*PASSAGES][: place.index]
+        names = [*PASSAGES][place.sample :] + [*PASSAGES][: place.sample]
         ids = [*vocabulary.start_ids, *chain.from_iterable(map(passage, names))]
         needed = place.length + CONTINUATION_LEN
         if len(ids) < needed:

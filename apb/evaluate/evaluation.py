@@ -117,5 +117,5 @@ def check_comparable(rows: Sequence[Row], baseline: Baseline) -> None:
         if others[row.place].digest != row.digest:
             raise InputError(
                 f"baseline={name} has other documents than this evaluation (at {row.task}, "
-                f"{row.length}, {row.index}): give one with the same model and seed"
+                f"{row.length}, {row.sample}): give one with the same model and seed"
             )

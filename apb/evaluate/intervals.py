@@ -14,9 +14,9 @@ _RESAMPLES = 4000
 
 
 class Estimate(NamedTuple):
-    """A mean over `count` samples, and its 95 % interval."""
+    """A mean over so many samples, and its 95 % interval."""
 
-    count: int
+    samples: int
     mean: float
     low: float
     high: float
@@ -30,7 +30,7 @@ class Difference(NamedTuple):
         p: how often chance alone would split wins and losses so unevenly (two-sided sign test).
     """
 
-    count: int
+    samples: int
     mean: float
     low: float
     high: float
@@ -72,5 +72,5 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Difference:
 def sign_test(wins: int, losses: int) -> float:
     """Of a fair coin thrown so often, the chance of a split at least as uneven."""
     throws = wins + losses
-    tail = sum(math.comb(throws, k) for k in range(min(wins, losses) + 1)) / 2**throws
-    return min(1.0, 2 * tail)
+    uneven = 2 * sum(math.comb(throws, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, uneven / (1 << throws))

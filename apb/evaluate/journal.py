@@ -20,7 +20,7 @@ class Place(NamedTuple):
 
     task: str
     length: int
-    index: int
+    sample: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Row:
 
     task: str
     length: int
-    index: int
+    sample: int
     method: str
     digest: str
     tokens: int
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def place(self) -> Place:
-        return Place(self.task, self.length, self.index)
+        return Place(self.task, self.length, self.sample)
 
 
 Rows = dict[tuple[Place, str], Row]

@@ -83,20 +83,20 @@ class ApbLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The turns as the model's own template writes them."""
-        text: str = self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return text
+        return str(text)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Token ids; what the tokenizer begins with is put there once."""
         if add_special_tokens is None:
-            start = self.tokenizer.decode([self.prefix_token_id])
+            start = str(self.tokenizer.decode([self.prefix_token_id]))
             add_special_tokens = not string.startswith(start)
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
@@ -161,7 +161,7 @@ class ApbLM(TemplateLM):
         """From what a task or the command line says about generation."""
         kwargs = dict(normalize_gen_kwargs(given, _MAX_GEN_TOKS))
         stop: Iterable[str] = handle_stop_sequences(
-            kwargs.get("until"), eos=self.tokenizer.decode([self.eot_token_id])
+            kwargs.get("until"), eos=str(self.tokenizer.decode([self.eot_token_id]))
         )
         return SamplingParams(
             max_tokens=kwargs["max_gen_toks"],

@@ -7,7 +7,7 @@ thirteen tasks, and Zhang et al. 2024 (arXiv 2402.13718), Retrieve.KV. The words
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def _listed(items: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-DRAFTS = {
+DRAFTS: Mapping[str, Callable[[random.Random, int], Draft]] = {
     **{name: partial(hunt, settings=settings) for name, settings in HUNTS.items()},
     "kv_retrieval": key_retrieval,
 }

@@ -31,9 +31,9 @@ def read_records(path: Path, limit: int) -> list[Record]:
     Raises:
         InputError: the file is missing, or a line is not such a record.
     """
+    records: list[Record] = []
     try:
         with path.open(encoding="utf-8-sig") as file:
-            records = []
             for number, line in enumerate(file, start=1):
                 if len(records) == limit:
                     break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 
 from apb.evaluate import words
@@ -44,8 +44,8 @@ def _chain(names: Sequence[str], value: str) -> list[str]:
     return [f"VAR {name} = {source}." for name, source in zip(names, sources, strict=True)]
 
 
-def _evenly(sentences: Sequence[str]) -> Iterator[tuple[float, str]]:
-    return ((at / len(sentences), sentence) for at, sentence in enumerate(sentences))
+def _evenly(sentences: Sequence[str]) -> list[tuple[float, str]]:
+    return [(at / len(sentences), sentence) for at, sentence in enumerate(sentences)]
 
 
 DRAFTS = {"vt": variable_tracking}

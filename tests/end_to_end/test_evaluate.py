@@ -34,18 +34,18 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_sample_has_a_row_of_every_method(done: Path) -> None:
-    found = {(row["task"], row["index"], row["method"]) for row in rows(done)}
+    found = {(row["task"], row["sample"], row["method"]) for row in rows(done)}
     assert len(found) == len(rows(done)) == 2 * 2 * 3
-    digests = {(row["task"], row["index"], row["digest"]) for row in rows(done)}
+    digests = {(row["task"], row["sample"], row["digest"]) for row in rows(done)}
     assert len(digests) == 4, "the same documents for all methods"
 
 
 def test_full_attention_does_not_diverge_from_itself_and_the_others_do(done: Path) -> None:
-    kl = {(row["method"], row["index"]): row["kl"] for row in rows(done) if row["task"] == "prose"}
+    kl = {(row["method"], row["sample"]): row["kl"] for row in rows(done) if row["task"] == "prose"}
     for index in range(2):
         assert abs(kl["full", index]) < 1e-6
-        assert kl["star", index] > 1e-5
-        assert kl["apb", index] > 1e-5
+        assert kl["star", index] > 10 * abs(kl["full", index])
+        assert kl["apb", index] > 10 * abs(kl["full", index])
 
 
 def test_a_resumed_evaluation_equals_an_uninterrupted_one(done: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_what_is_complete_is_only_reported_again(
         if entry["quantity"] == "score" and entry["task"] is entry["length"] is None
     ]
     assert [entry["method"] for entry in overall] == ["full", "star", "apb"]
-    assert [entry["value"]["count"] for entry in overall] == [2, 2, 2]
+    assert [entry["value"]["samples"] for entry in overall] == [2, 2, 2]
 
 
 def test_one_gang_gives_each_method_the_rows_of_a_gang_of_its_own(

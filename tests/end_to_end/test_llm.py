@@ -76,8 +76,9 @@ def test_a_divergence_stands_beside_exact_attention(llm: LLM) -> None:
     assert found.logprobs == pytest.approx(llm.logprobs(document, continuation), abs=1e-5)
     with LLM("tiny", world_size=1, method="full") as ranks:
         assert found.exact == pytest.approx(ranks.logprobs(document, continuation), abs=1e-4)
-        assert max(map(abs, ranks.divergence(document, continuation).kl)) < 1e-6
-    assert min(found.kl) > 1e-6
+        rounding = max(map(abs, ranks.divergence(document, continuation).kl))
+    assert rounding < 1e-6
+    assert max(found.kl) > 10 * rounding
 
 
 def test_other_settings_take_effect_without_new_ranks(llm: LLM) -> None:

@@ -24,7 +24,7 @@ TEXTS = [
     ("The days of the week are Monday, Tuesday,", "Wednesday"),
     ("Q: What is the capital of Italy?\nA:", "Rome"),
 ]
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "apb_choice": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{text}}",
@@ -52,7 +52,7 @@ FORMS = {
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tasks over files beside them."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = {
+    rows: dict[str, list[dict[str, Any]]] = {
         "apb_choice": [{"text": t, "choices": c, "answer": a} for t, c, a in CHOICES],
         "apb_write": [{"text": text, "answer": answer} for text, answer in TEXTS],
         "apb_rolling": [{"text": f"{text} {answer}."} for text, answer in TEXTS],

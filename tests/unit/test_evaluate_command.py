@@ -22,7 +22,7 @@ SETTINGS = {"overrides": ["model=tiny"], "methods": {"full": ["method=full"]}}
 ROW = Row(
     task="vt",
     length=64,
-    index=0,
+    sample=0,
     method="full",
     digest="0",
     tokens=60,
@@ -100,7 +100,7 @@ def test_bad_input_is_one_sentence(
 
 def test_a_journal_keeps_rows_and_drops_a_half_written_one(tmp_path: Path) -> None:
     first = Journal(tmp_path, SETTINGS)
-    rows = [replace(ROW, index=index) for index in range(3)]
+    rows = [replace(ROW, sample=sample) for sample in range(3)]
     for row in rows:
         first.append(row)
     first.close()
@@ -149,7 +149,7 @@ def test_no_space_left_is_one_sentence_and_keeps_what_is_there(tmp_path: Path) -
         patch.object(journal, "_file", open("/dev/full", "a")),
         pytest.raises(ApbError, match=r"No space left on device\): 1 samples are kept"),
     ):
-        journal.append(replace(ROW, index=1))
+        journal.append(replace(ROW, sample=1))
     journal.close()
     assert Journal(tmp_path, SETTINGS).rows == {(ROW.place, "full"): ROW}
     (tmp_path / "settings.json").unlink()

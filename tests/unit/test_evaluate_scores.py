@@ -61,7 +61,7 @@ def test_wilson_bounds_are_where_the_mean_lies_one_normal_quantile_away(
     """The interval's definition: all p for which |mean - p| is within 1.96 standard errors at p."""
     right = round(share * count)
     found = wilson([1.0] * right + [0.0] * (count - right))
-    assert (found.count, found.mean) == (count, right / count)
+    assert (found.samples, found.mean) == (count, right / count)
     for bound in (found.low, found.high):
         if 1e-6 < bound < 1 - 1e-6:
             error = math.sqrt(bound * (1 - bound) / count)
@@ -100,9 +100,16 @@ def test_the_sign_test_counts_throws_of_a_fair_coin(wins: int, losses: int) -> N
     assert sign_test(wins, losses) == pytest.approx(len(uneven) / 2**throws)
 
 
-def row(method: str, task: str, index: int, score: float | None, kl: float | None = None) -> Row:
+def row(method: str, task: str, sample: int, score: float | None, kl: float | None = None) -> Row:
     return Row(
-        task=task, length=64, index=index, method=method, digest="d", tokens=64, score=score, kl=kl
+        task=task,
+        length=64,
+        sample=sample,
+        method=method,
+        digest="d",
+        tokens=64,
+        score=score,
+        kl=kl,
     )
 
 
@@ -118,7 +125,7 @@ def test_a_summary_pairs_samples_by_place_and_not_by_order() -> None:
     assert (overall.difference.wins, overall.difference.losses) == (1, 1)
     of_a = summary.find("score", "apb", task="a")
     assert of_a is not None
-    assert (of_a.value.count, of_a.value.mean) == (2, 0.0)
+    assert (of_a.value.samples, of_a.value.mean) == (2, 0.0)
     first = summary.find("score", "full")
     assert first is not None
     assert first.difference is None
@@ -131,7 +138,7 @@ def test_a_sample_that_only_one_of_two_has_is_in_no_difference() -> None:
     found = summarise(rows, "other: full", others).find("score", "apb")
     assert found is not None
     assert found.difference is not None
-    assert (found.value.count, found.difference.count) == (2, 1)
+    assert (found.value.samples, found.difference.samples) == (2, 1)
 
 
 def test_the_plot_shows_every_method_with_scores(tmp_path: Path) -> None:
