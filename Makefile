@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo model test lint format wheel clean
+.PHONY: help demo model test long lint format wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,6 +16,9 @@ model: $(READY) ## fetch the demo model, 270 MB on disk
 
 test: model ## run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+long: model ## run the tests that take too long for every day
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

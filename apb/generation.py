@@ -1,7 +1,7 @@
 """Tokens after a prefill: read the query, then step by step a tree of drafts.
 
 Rank 0, the owner, drafts, chooses and tells the others: with every step where all ranks decode
-together, or once at the end where the cache was handed over and only the owner works.
+together, or every few seconds where the cache was handed over and only the owner works.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,7 +26,9 @@ from apb.speculate.speculator import Speculator
 from apb.speculate.tree import DraftTree
 from apb.speculate.verify import Walk, accept
 
-_AT_THE_END = Tag(0, 0, Kind.CONTROL)
+_FROM_OWNER = Tag(0, 0, Kind.CONTROL)
+_INSTALMENT_S = 5.0
+"""How long the others wait at most for the next tokens of an owner that works alone."""
 
 
 class Verdict(IntEnum):
@@ -125,26 +127,33 @@ def generate(
 
 
 def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
-    """The owner's steps; the others get them at the end, also of an answer given up."""
-    done: list[Step] = []
-    failure = None
+    """The owner's steps; the others get them now and then, lest a collective that waits for the
+    end of a long answer time out, and at the end, also of an answer given up.
+    """
+    untold: list[Step] = []
+    failure, told_at = None, time.monotonic()
     try:
         for step in steps:
-            done.append(step)
+            untold.append(step)
             yield step
+            if time.monotonic() - told_at > _INSTALMENT_S:
+                engine.comm.all_gather_json({"steps": untold}, _FROM_OWNER)
+                untold, told_at = [], time.monotonic()
     except RequestError as error:
         failure = str(error)
         raise
     finally:
         state = [engine.step, engine.next_position]
-        told = {"state": state, "steps": done, "failure": failure}
-        engine.comm.all_gather_json(told, _AT_THE_END)
+        told = {"steps": untold, "state": state, "failure": failure}
+        engine.comm.all_gather_json(told, _FROM_OWNER)
 
 
 def _told_by_owner(engine: Engine) -> Iterator[Step]:
-    told = engine.comm.all_gather_json(None, _AT_THE_END)[OWNER]
+    told: dict[str, Any] = {}
+    while "state" not in told:
+        told = engine.comm.all_gather_json(None, _FROM_OWNER)[OWNER]
+        yield from (Step(*step) for step in told["steps"])
     engine.step, engine.next_position = told["state"]
-    yield from (Step(*step) for step in told["steps"])
     if told["failure"] is not None:
         raise RequestError(told["failure"])
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 from apb.agreement import together
 from apb.attention.base import AttentionBackend, AttentionTarget
 from apb.comm import Communicator
-from apb.config import RunConfig, plugin_name, recompose_config
+from apb.config import RunConfig, named_model, plugin_name, recompose_config
 from apb.engine import Engine
 from apb.errors import InputError
 from apb.generation import Step, generate
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
@@ -33,7 +34,7 @@ from apb.progress import Progress
 from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
-from apb.requests import Continuation, Given, Question, RequestReader
+from apb.requests import Continuation, Question, RequestReader
 from apb.scoring import divergence, likelihood
 from apb.speculate.speculator import Speculator
 
@@ -63,7 +64,7 @@ class RequestRunner:
         """Read configuration and tokenizer.
 
         Raises:
-            InputError: the model is not there or not supported.
+            InputError: the model is not there or not supported, or does not fit the compressor.
         """
         self._config, self._comm = config, comm
         self._hf_config = load_config(config.model)
@@ -78,8 +79,11 @@ class RequestRunner:
         self._configure(config, self._parts(config))
 
     def _parts(self, config: RunConfig) -> _Parts:
-        target = AttentionTarget(self._comm.device, self._dtype, self._shape.head_dim)
-        return config.method.build(seed=config.seed), config.backend.build(target)
+        device, dtype = self._comm.device, self._dtype
+        method = config.method.build(seed=config.seed)
+        method.attach(compressor_target(config.model, self._hf_config, device=device, dtype=dtype))
+        target = AttentionTarget(device, dtype, self._shape.head_dim)
+        return method, config.backend.build(target)
 
     def _configure(self, config: RunConfig, parts: _Parts) -> None:
         """Take settings under which loaded weights stay as they are."""
@@ -113,7 +117,7 @@ class RequestRunner:
             self._configure(config, together(self._comm, arguments, partial(self._parts, config)))
             yield {"result": None}
         elif op == "ask":
-            yield from self._ask(**arguments, is_cancelled=is_cancelled)
+            yield from self._ask(arguments, is_cancelled)
         elif op in ("likelihood", "divergence"):
             yield {"result": self._score(op, arguments)}
         else:
@@ -146,7 +150,8 @@ class RequestRunner:
         )
         if self.is_owner and self._speculator is None:
             drafting = self._config.model.drafting_folder
-            target = HfTarget(model, self._reader.tokenizer, self._eos_ids, drafting)
+            tokenizer = self._reader.tokenizer
+            target = HfTarget(model, tokenizer, self._eos_ids, drafting, named_model)
             self._speculator = Speculator(self._config.drafter, target)
         return self._engine
 
@@ -169,18 +174,10 @@ class RequestRunner:
         return request, ready._replace(placement=placement)
 
     def _ask(
-        self,
-        *,
-        document: Given,
-        question: Given,
-        params: dict[str, Any],
-        answer_start: str = "",
-        is_cancelled: Callable[[], bool],
+        self, arguments: dict[str, Any], is_cancelled: Callable[[], bool]
     ) -> Generator[Reply, None, None]:
-        request, ready = self._prepare(
-            [document, question, params, answer_start],
-            partial(self._reader.question, document, question, params, answer_start),
-        )
+        read = partial(self._reader.question, **arguments)
+        request, ready = self._prepare(arguments, read)
         meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
         if self._speculator is not None:
             prompt_ids = [*request.prompt.context_ids, *request.prompt.query_ids]

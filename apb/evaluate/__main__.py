@@ -69,8 +69,11 @@ def _report(settings: Settings) -> list[str]:
     found = installed_versions()
     lines = render(summary, settings, versions=", ".join(map(" ".join, found.items())))
     model = settings.config.model.name
-    if plot_scores(summary, settings.output / _PLOT, title=model):
-        lines += ["", f"![Scores by length]({_PLOT})"]
+    try:
+        if plot_scores(summary, settings.output / _PLOT, title=model):
+            lines += ["", f"![Scores by length]({_PLOT})"]
+    except ApbError as error:
+        print(error, file=sys.stderr)  # noqa: T201
     data = {
         **settings.identity(),
         "model": model,

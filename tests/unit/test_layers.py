@@ -15,18 +15,19 @@ ROOT = Path(__file__).parents[2]
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
     {"errors", "paths"},
-    {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"},
+    {"layout", "balance", "cost", "hardware", "comm", "cache", "metrics", "sampling", "prompts"}
+    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"}
+    | {"rotary"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
-    {"hf", "report", "table", "agreement", "calibration"},
+    {"hf", "report", "table", "agreement", "calibration", "estimate"},
     {"engine"},
     {"generation"},
     {"scoring"},
     {"plugins"},
     {"config"},
-    {"planning", "requests"},
+    {"planning", "requests", "plan_report"},
     {"runner"},
     {"worker"},
     {"launchers", "rates_bench", "link_bench"},
@@ -48,7 +49,7 @@ HOMES = {
     "ray": ("apb/launchers/ray.py",),
     "pypdf": ("apb/prompts/document.py",),
     "lm_eval": ("apb/evaluate/lm_eval.py",),
-    "matplotlib": ("apb/evaluate/plot.py",),
+    "matplotlib": ("apb/plot.py",),
 }
 FREE = {"omegaconf.MISSING"}  # the configuration beside each plug-in declares its mandatory fields
 
