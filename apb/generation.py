@@ -1,4 +1,4 @@
-"""Tokens after a prefill: read the query, then step by step a tree of drafts, or score given ones.
+"""Tokens after a prefill: read the query, then step by step a tree of drafts.
 
 Rank 0, the owner, drafts, chooses and tells the others: with every step where all ranks decode
 together, or every few seconds where the cache was handed over and only the owner works.
@@ -13,7 +13,6 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from apb.comm import Kind, Tag
@@ -27,8 +26,6 @@ from apb.speculate.speculator import Speculator
 from apb.speculate.tree import DraftTree
 from apb.speculate.verify import Walk, accept
 
-_LOGIT_ROWS = 256
-"""Rows whose logits are held at once when scoring: 256 rows of 128K logits are 128 MiB."""
 _FROM_OWNER = Tag(0, 0, Kind.CONTROL)
 _INSTALMENT_S = 5.0
 """How long the others wait at most for the next tokens of an owner that works alone."""
@@ -200,7 +197,7 @@ def _emitted(outcome: Outcome, position: int) -> Iterator[Step]:
     """The tokens of a forward pass from a position on; the last one says why it is the last."""
     if outcome.verdict is Verdict.NOT_FINITE:
         yield from (Step(token_id, None) for token_id in outcome.token_ids)
-        raise RequestError(_not_finite(position + len(outcome.token_ids)))
+        raise RequestError(not_finite(position + len(outcome.token_ids)))
     *earlier, last = outcome.token_ids
     yield from (Step(token_id, None) for token_id in earlier)
     ends = outcome.verdict is not Verdict.CONTINUE
@@ -276,33 +273,8 @@ class _Writer:
         return outcome._replace(tree=tree)
 
 
-def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -> list[float]:
-    """Log-probability of ``targets[i]`` after ``token_ids[i]``; `prefill` has run with room.
-
-    Raises:
-        RequestError: the logits are not finite, on every rank.
-    """
-    hidden_TM = engine.extend(token_ids)
-    values: list[float] = []
-    finite = True
-    if engine.is_owner:
-        targets_T = torch.tensor(targets, dtype=torch.int64, device=hidden_TM.device)
-        for rows_TM, wanted_T in zip(
-            hidden_TM.split(_LOGIT_ROWS), targets_T.split(_LOGIT_ROWS), strict=True
-        ):
-            logits_TV = engine.model.logits(rows_TM)
-            finite = finite and bool(logits_TV.isfinite().all())
-            chosen_T = logits_TV.log_softmax(dim=-1).gather(1, wanted_T[:, None])[:, 0]
-            values += chosen_T.tolist()
-    tag = Tag(engine.step, 0, Kind.CONTROL)
-    found = engine.comm.all_gather_json(values if finite else None, tag)[OWNER]
-    if found is None:
-        raise RequestError(_not_finite(engine.next_position - 1))
-    result: list[float] = found
-    return result
-
-
-def _not_finite(position: int) -> str:
+def not_finite(position: int) -> str:
+    """What to say of logits that are not."""
     return (
         f"the logits at position {position} are not finite: the model overflowed, so try "
         "dtype=float32 or check its weights"

@@ -15,7 +15,7 @@ from apb.config import RunConfig, compose_config, model_names, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.local import LocalSession
-from apb.output import RequestOutput
+from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
 Tokens = str | Sequence[int]
@@ -80,10 +80,28 @@ class LLM:
             self._opened = _open_session(self.config, self._overrides)
         return self._opened
 
+    def configure(self, overrides: Sequence[str]) -> None:
+        """Take other settings from the next request on; ranks and weights stay.
+
+        `overrides` are all of them, as `from_overrides` takes them.
+
+        Raises:
+            InputError: they are wrong, or need other ranks or weights; nothing has changed then.
+        """
+        config = compose_config(overrides)
+        with self._request():
+            _result(self._session.call("configure", overrides=list(overrides)))
+            self.config = config
+
     def ask(
-        self, document: Tokens, question: Tokens, params: SamplingParams | None = None
+        self,
+        document: Tokens,
+        question: Tokens,
+        params: SamplingParams | None = None,
+        *,
+        answer_start: str = "",
     ) -> RequestOutput:
-        """The answer to a question about a document.
+        """The answer to a question about a document; it goes on from `answer_start`, if given.
 
         Raises:
             InputError: an empty or too long document or question; the LLM stays usable.
@@ -91,7 +109,8 @@ class LLM:
             EngineDeadError: the ranks are gone.
         """
         with self._request():
-            replies = self._session.call("ask", **_ask_arguments(document, question, params))
+            arguments = _ask_arguments(document, question, params, answer_start)
+            replies = self._session.call("ask", **arguments)
             return RequestOutput.from_json(_result(replies))
 
     def stream(
@@ -112,14 +131,23 @@ class LLM:
 
         `query` only steers what is compressed; it is not part of the text.
         """
+        return self.likelihood(document, continuation, query).logprobs
+
+    def likelihood(
+        self, document: Tokens, continuation: Tokens, query: Tokens | None = None
+    ) -> Likelihood:
+        """As `logprobs`, and whether each token is the one that greedy decoding would take."""
         with self._request():
-            arguments = {
-                "document": _plain(document),
-                "continuation": _plain(continuation),
-                "query": None if query is None else _plain(query),
-            }
-            values: list[float] = _result(self._session.call("logprobs", **arguments))
-            return values
+            arguments = _continuation_arguments(document, continuation, query)
+            return Likelihood(**_result(self._session.call("likelihood", **arguments)))
+
+    def divergence(
+        self, document: Tokens, continuation: Tokens, query: Tokens | None = None
+    ) -> Divergence:
+        """As `logprobs`, beside exact attention over the same document, which is read twice."""
+        with self._request():
+            arguments = _continuation_arguments(document, continuation, query)
+            return Divergence(**_result(self._session.call("divergence", **arguments)))
 
     def make_needle(self, **arguments: Any) -> dict[str, str]:
         """A generated document around a fact, in this model's tokens (see `make_needle`)."""
@@ -159,19 +187,19 @@ class LLM:
 
 
 def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
-    if config.launcher == "torchrun" or (config.launcher == "auto" and _inside_torchrun()):
+    if config.launcher == "torchrun" or (config.launcher == "auto" and inside_torchrun()):
         # Here, as it imports transformers, which the driver of a local gang does without.
         from apb.launchers.torchrun import TorchrunSession
 
         return TorchrunSession(config)
-    return LocalSession(overrides, world_size=config.world_size or _default_world_size(config))
+    return LocalSession(overrides, world_size=config.world_size or default_world_size(config))
 
 
-def _inside_torchrun() -> bool:
+def inside_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _default_world_size(config: RunConfig) -> int:
+def default_world_size(config: RunConfig) -> int:
     import torch
 
     return 1 if config.device == "cpu" else max(1, torch.cuda.device_count())
@@ -197,12 +225,23 @@ def _override_value(value: str | int | bool) -> str:
 
 
 def _ask_arguments(
-    document: Tokens, question: Tokens, params: SamplingParams | None
+    document: Tokens, question: Tokens, params: SamplingParams | None, answer_start: str = ""
 ) -> dict[str, Any]:
     return {
         "document": _plain(document),
         "question": _plain(question),
+        "answer_start": answer_start,
         "params": asdict(params or SamplingParams()),
+    }
+
+
+def _continuation_arguments(
+    document: Tokens, continuation: Tokens, query: Tokens | None
+) -> dict[str, Any]:
+    return {
+        "document": _plain(document),
+        "continuation": _plain(continuation),
+        "query": None if query is None else _plain(query),
     }
 
 

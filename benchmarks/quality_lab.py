@@ -12,7 +12,7 @@ from apb.comm import Communicator
 from apb.config import compose_config
 from apb.cost import NOMINAL_CPU, CostModel
 from apb.engine import Engine
-from apb.generation import generate, logprobs
+from apb.generation import generate
 from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer, stop_ids
@@ -26,6 +26,7 @@ from apb.prompts.encode import control_tokens, encode_plain, start_ids
 from apb.prompts.needle import NeedleCase
 from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
+from apb.scoring import logprobs
 from apb.worker import choose_device
 
 REFERENCE = "full"

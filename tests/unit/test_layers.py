@@ -23,6 +23,7 @@ ROWS = [
     {"hf", "report", "table", "agreement", "calibration", "estimate", "hardware"},
     {"engine"},
     {"generation"},
+    {"scoring"},
     {"plugins"},
     {"config"},
     {"planning", "requests", "plan_report"},
@@ -31,7 +32,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate", "frequency", "train"},
+    {"run", "fetch", "plan", "calibrate", "frequency", "train", "evaluate"},
 ]
 
 # A library may be imported only by these files and folders.
@@ -46,6 +47,8 @@ HOMES = {
     "flash_attn_interface": ("apb/attention/flash.py",),
     "ray": ("apb/launchers/ray.py",),
     "pypdf": ("apb/prompts/document.py",),
+    "lm_eval": ("apb/evaluate/lm_eval.py",),
+    "matplotlib": ("apb/plot.py",),
 }
 FREE = {"omegaconf.MISSING"}  # the configuration beside each plug-in declares its mandatory fields
 
