@@ -14,6 +14,7 @@ from torch import Tensor
 from apb.attention.base import AttentionBackend, LayerInputs
 from apb.cache import CacheShape, KVCacheShard
 from apb.comm import Communicator, Kind, Tag
+from apb.errors import RequestError
 from apb.methods.audit import Auditor
 from apb.methods.base import Attend, AttentionMethod, PrefillContext
 from apb.methods.decode import OWNER, ShardedDecode
@@ -45,8 +46,9 @@ class Engine:
         method: AttentionMethod,
         backend: AttentionBackend,
         comm: Communicator,
-        on_layer: Callable[[], None] = lambda: None,
+        on_layer: Callable[[int], None] = lambda layer_idx: None,
     ) -> None:
+        """`on_layer` follows each layer's attention; it may raise RequestError, on all ranks."""
         self.model, self.comm = model, comm
         self._method, self._backend = method, backend
         self._on_layer = on_layer
@@ -98,7 +100,12 @@ class Engine:
             auditor=auditor,
         )
         attend = self._observed((method or self._method).begin(context))
-        self.model.forward(rows.token_ids, self._positions(rows.positions), attend)
+        try:
+            self.model.forward(rows.token_ids, self._positions(rows.positions), attend)
+        except RequestError:  # given up by all ranks after the same layer: nothing stays under way
+            hand_off.finish()
+            self.comm.verify()
+            raise
         hand_off.finish()
         self.comm.verify()
         self.next_position = plan.layout.context_len
@@ -196,7 +203,7 @@ class Engine:
     def _observed(self, attend: Attend) -> Attend:
         def observed(layer: LayerInputs) -> Tensor:
             out_THD = attend(layer)
-            self._on_layer()
+            self._on_layer(layer.layer_idx)
             return out_THD
 
         return observed

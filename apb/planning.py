@@ -74,6 +74,25 @@ class Planner:
         plan = method.plan(self._request(prompt, num_blocks=None))
         return method, replace(plan, method=plugin_name("method", config))
 
+    def layer_s(self, plan: PrefillPlan, method: AttentionMethod | None = None) -> float:
+        """Predicted seconds of one layer on the slowest rank, by `method`'s plan."""
+        assert self._costs is not None, "predict before the ranks agree on costs"
+        method = method or self._method
+        works = [method.workload(plan, self._shape, rank) for rank in range(plan.layout.world_size)]
+        return max(map(self._costs.layer_s, works))
+
+    def prefill_s(self, plan: PrefillPlan) -> float:
+        """Predicted seconds of all layers: more than scoring a continuation afterwards takes."""
+        return self.layer_s(plan) * self._shape.num_layers
+
+    def step_s(self, plan: PrefillPlan) -> float:
+        """Predicted seconds of a decoding step; its first one reads a question, say a layer's worth
+        of work.
+        """
+        assert self._costs is not None, "predict before the ranks agree on costs"
+        step_s = self._costs.step_s(plan.layout.context_len, world_size=self._comm.world_size)
+        return step_s + self.layer_s(plan)
+
     def auditor(self, plan: PrefillPlan) -> Auditor | None:
         """Who looks on while the plan runs; None where nobody is asked to."""
         if not self._config.audit.enabled:

@@ -17,12 +17,14 @@ from apb.attention.base import AttentionTarget
 from apb.comm import Communicator
 from apb.config import RunConfig, plugin_name
 from apb.engine import Engine
-from apb.errors import InputError
+from apb.errors import InputError, RequestError
 from apb.generation import Step, generate, logprobs
+from apb.heartbeat import Pulse, Stage
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import stop_ids
+from apb.interrupt import Interrupt
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan, RankRows
@@ -56,13 +58,14 @@ class _Ready(NamedTuple):
 class RequestRunner:
     """Answers requests on one rank. The first request that passes its checks loads the weights."""
 
-    def __init__(self, config: RunConfig, comm: Communicator) -> None:
-        """Read configuration and tokenizer.
+    def __init__(self, config: RunConfig, comm: Communicator, pulse: Pulse | None = None) -> None:
+        """Read configuration and tokenizer. `pulse` is told what the rank is busy with.
 
         Raises:
             InputError: the model is not there or not supported.
         """
-        self._config, self._comm = config, comm
+        self._config, self._comm, self._pulse = config, comm, pulse or Pulse()
+        self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
         max_positions: int = self._hf_config.max_position_embeddings
         self._reader = RequestReader(config, max_positions=max_positions)
@@ -87,6 +90,19 @@ class RequestRunner:
             InputError: a bad request, the same on every rank.
             RequestError: the request failed while it ran, on every rank.
         """
+        arguments = dict(arguments)
+        timeout_s = arguments.pop("timeout_s", None)
+        self._interrupt = Interrupt(self._comm, is_cancelled=is_cancelled, timeout_s=timeout_s)
+        self._pulse.take_request()
+        try:
+            self._pulse.enter(Stage.LOAD)
+            yield from self._replies(op, arguments)
+        except (InputError, RequestError, GeneratorExit):
+            self._pulse.enter(Stage.IDLE)
+            raise
+        self._pulse.enter(Stage.IDLE)  # what else is raised leaves the place where it happened
+
+    def _replies(self, op: str, arguments: dict[str, Any]) -> Generator[Reply, None, None]:
         if op == "load":
             self._planner.agree_on_costs()
             together(self._comm, op, self._check_and_load)
@@ -96,7 +112,7 @@ class RequestRunner:
             fields = {"document": case.document, "question": case.question, "answer": case.answer}
             yield {"result": fields}
         elif op == "ask":
-            yield from self._ask(**arguments, is_cancelled=is_cancelled)
+            yield from self._ask(**arguments)
         elif op == "logprobs":
             yield {"result": self._logprobs(**arguments)}
         else:
@@ -126,7 +142,7 @@ class RequestRunner:
                 method=self._method,
                 backend=self._backend,
                 comm=self._comm,
-                on_layer=self._progress.advance,
+                on_layer=self._after_layer,
             )
             if self.is_owner:
                 target = HfTarget(
@@ -134,6 +150,11 @@ class RequestRunner:
                 )
                 self._speculator = Speculator(self._config.drafter, target)
         return self._engine
+
+    def _after_layer(self, layer_idx: int) -> None:
+        self._progress.advance()
+        self._pulse.reach(layer_idx + 1)
+        self._interrupt.between_layers(layer_idx)
 
     def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:
         """Check and plan a request on all ranks, and load the model where that is still to do."""
@@ -154,12 +175,7 @@ class RequestRunner:
         return request, ready._replace(placement=placement)
 
     def _ask(
-        self,
-        *,
-        document: Given,
-        question: Given,
-        params: dict[str, Any],
-        is_cancelled: Callable[[], bool],
+        self, *, document: Given, question: Given, params: dict[str, Any]
     ) -> Generator[Reply, None, None]:
         request, ready = self._prepare(
             [document, question, params],
@@ -176,7 +192,7 @@ class RequestRunner:
             if self._speculator is not None and ready.rows is not None:
                 self._speculator.read(ready.rows.positions, ready.rows.local)
             self._progress.begin("answering, tokens", request.sampling.max_tokens)
-            output = yield from self._answer(request, ready, meter, is_cancelled)
+            output = yield from self._answer(request, ready, meter)
         finally:
             self._progress.close()
             ready.engine.release()
@@ -188,7 +204,9 @@ class RequestRunner:
             ready.engine.prefill, request.prompt, room=request.room, placement=ready.placement
         )
         auditor = self._planner.auditor(ready.plan)
+        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(ready.plan))
         rows = prefill(ready.plan, auditor=auditor)
+        self._interrupt.settle()
         findings = [] if auditor is None else auditor.findings()
         limit = self._config.audit.max_error
         worst = max(findings, key=lambda finding: finding.output_error, default=None)
@@ -196,7 +214,9 @@ class RequestRunner:
             return ready._replace(findings=findings, rows=rows)
         method, plan = self._planner.exact(request.prompt)
         self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
+        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(plan, method))
         rows = prefill(plan, method=method)
+        self._interrupt.settle()
         note = (
             f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
             f"above audit.max_error={limit}, so the document was read again with {plan.method}"
@@ -205,11 +225,7 @@ class RequestRunner:
         return ready._replace(findings=findings, plan=plan, rows=rows)
 
     def _answer(
-        self,
-        request: Question,
-        ready: _Ready,
-        meter: RequestMeter,
-        is_cancelled: Callable[[], bool],
+        self, request: Question, ready: _Ready, meter: RequestMeter
     ) -> Generator[Reply, None, RequestOutput]:
         """Decode after a prefill: yields the pieces of the text, returns the whole."""
         sampling = request.sampling
@@ -220,6 +236,7 @@ class RequestRunner:
             stop_ids=(*eos_ids, *sampling.stop_token_ids),
         )
         pieces, steps = list[str](), list[Step]()
+        self._pulse.enter(Stage.DECODE, expected_s=self._planner.step_s(ready.plan))
 
         def is_last(token_id: int) -> bool:
             pieces.append(answer.push(token_id))
@@ -231,7 +248,7 @@ class RequestRunner:
             sampling,
             timeline=meter.timeline,
             is_last=is_last,
-            is_cancelled=is_cancelled,
+            is_cancelled=self._interrupt.is_due,
             speculator=self._speculator,
             max_nodes=self._config.drafter.max_nodes,
         ):
@@ -240,9 +257,12 @@ class RequestRunner:
                 is_last(step.token_id)
             steps.append(step)
             self._progress.advance()
+            self._pulse.reach(len(steps))
             yield {"piece": pieces.pop(0)}
         yield {"piece": answer.finish()}
         finish_reason = "stop" if answer.stopped else steps[-1].finish_reason or ""
+        if finish_reason == "cancelled":
+            self._interrupt.check_deadline()
         metrics = meter.metrics(
             request.prompt,
             ready.plan,
@@ -270,7 +290,8 @@ class RequestRunner:
             partial(self._reader.continuation, document, continuation, query),
         )
         try:
-            self._read(request, ready)
+            ready = self._read(request, ready)
+            self._pulse.enter(Stage.DECODE, expected_s=self._planner.prefill_s(ready.plan))
             return logprobs(ready.engine, request.rows, request.targets)
         finally:
             ready.engine.release()

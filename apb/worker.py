@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import shutil
+import signal
+import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +23,13 @@ import torch.distributed as dist
 
 from apb.comm import Communicator
 from apb.config import compose_config
-from apb.errors import ApbError, EngineDeadError, InputError, RequestError
+from apb.errors import InputError, RequestError
+from apb.faults import FaultInjector, FaultyCommunicator, planned_faults
+from apb.heartbeat import Beat, Board, Pulse, Stage
 from apb.log import configure_logging
 from apb.methods.decode import OWNER
 from apb.runner import RequestRunner
+from apb.supervision import Report
 
 _PARENT_CHECK_S = 1.0
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)
@@ -48,8 +56,29 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def begin_pulse(
+    rank: int, *, restarts: int = 0, slot: memoryview | None = None
+) -> tuple[Pulse, FaultInjector | None]:
+    """What the rank tells of its progress, and the faults that `APB_FAULTS` wants of it.
+
+    Raises:
+        InputError: the faults are not understood.
+    """
+    faults = planned_faults(os.environ, rank=rank, gang=restarts)
+    injector = FaultInjector(faults) if faults else None
+    pulse = Pulse(slot, on_mark=None if injector is None else injector.reach)
+    pulse.enter(Stage.START)
+    return pulse, injector
+
+
 def join_group(
-    rank: int, world_size: int, device: torch.device, *, init_method: str = "env://"
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    *,
+    init_method: str = "env://",
+    pulse: Pulse | None = None,
+    injector: FaultInjector | None = None,
 ) -> tuple[Communicator, Callable[[], None]]:
     """Meet the other ranks; returns how to talk to them and how to leave.
 
@@ -67,45 +96,74 @@ def join_group(
             timeout=_COLLECTIVE_TIMEOUT,
         )
         leave = dist.destroy_process_group
-    deferred = device.type == "cuda"
-    return Communicator(rank, world_size, device, defer_checks=deferred), leave
+    settings: dict[str, Any] = {
+        "defer_checks": device.type == "cuda",
+        "pulse": pulse,
+        "control": dist.new_group(backend="gloo") if world_size > 1 else None,
+    }
+    if injector is not None:
+        return FaultyCommunicator(rank, world_size, device, injector=injector, **settings), leave
+    return Communicator(rank, world_size, device, **settings), leave
 
 
 def main() -> int:
     """A rank of the local launcher: serve requests from an inherited connection until it closes."""
     connection = Connection(int(os.environ["APB_CONNECTION"]))
-    rank = int(os.environ["RANK"])
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        _serve(connection, rank, int(os.environ["WORLD_SIZE"]))
-    except (EOFError, BrokenPipeError):
+        hello = _receive(connection)
+    except (EOFError, OSError):
         return 1  # the driver is gone, and with it whoever could be told
-    except ApbError as error:
-        _send(connection, {"error": str(error), "kind": type(error).__name__})
+    folder = Path(hello["folder"])
+    board = Board(folder / "board", world_size)
+    threading.Thread(target=_follow_parent, args=(folder, board), daemon=True).start()
+    stacks = (folder / f"stack-{rank}").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    slot = board.slot(rank)
+    try:
+        _serve(connection, hello, rank, world_size, slot)
+    except (EOFError, BrokenPipeError):
+        return 1
+    except InputError as error:
+        _send(connection, {"error": str(error), "kind": InputError.__name__})
         return error.exit_code
     except Exception as error:
-        traceback.print_exc()
-        cause = f"rank {rank} failed: {type(error).__name__}: {error}"
-        _send(connection, {"error": cause, "kind": EngineDeadError.__name__})
+        host, place = socket.gethostname(), Beat.read(slot).place
+        report = Report.of(error, rank=rank, host=host, place=place, at_s=time.monotonic())
+        _send(connection, {"report": report})
         return 1
     return 0
 
 
-def _follow_parent() -> None:
-    """End with the driver, also where it was killed while this rank computes."""
+def _follow_parent(folder: Path, board: Board) -> None:
+    """End with the driver, also where it was killed while this rank computes.
+
+    Who notices first clears up for all: a stopped rank cannot.
+    """
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_S)
+    shutil.rmtree(folder, ignore_errors=True)
+    for beat in board.read():
+        if beat.pid not in (0, os.getpid()):
+            with suppress(ProcessLookupError):
+                os.kill(beat.pid, signal.SIGKILL)
     os._exit(1)
 
 
-def _serve(connection: Connection, rank: int, world_size: int) -> None:
-    hello = _receive(connection)
+def _serve(
+    connection: Connection, hello: dict[str, Any], rank: int, world_size: int, slot: memoryview
+) -> None:
     configure_logging(rank, world_size)
     config = compose_config(hello["overrides"])
+    pulse, injector = begin_pulse(rank, restarts=hello["restarts"], slot=slot)
     device = choose_device(config.device, rank)
-    comm, leave = join_group(rank, world_size, device, init_method=hello["init_method"])
-    runner = RequestRunner(config, comm)
+    init_method = (Path(hello["folder"]) / "rendezvous").as_uri()
+    comm, leave = join_group(
+        rank, world_size, device, init_method=init_method, pulse=pulse, injector=injector
+    )
+    runner = RequestRunner(config, comm, pulse)
+    pulse.enter(Stage.IDLE)
     if rank == OWNER:
         _send(connection, {"result": None})
     while (request := _receive(connection))["op"] != "exit":

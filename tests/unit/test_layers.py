@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
-    {"errors", "paths"},
+    {"errors", "paths", "heartbeat"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"},
+    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"}
+    | {"supervision"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
-    {"hf", "report", "table", "agreement", "calibration"},
+    {"hf", "report", "table", "agreement", "calibration", "interrupt", "faults"},
     {"engine"},
     {"generation"},
     {"plugins"},
