@@ -50,6 +50,8 @@ class EngineDeadError(ApbError):
     def __init__(self, message: str, failure: RankFailure | None = None) -> None:
         super().__init__(message)
         self.failure = failure
+        self.is_told = False
+        """Whether it has been printed already, once for all ranks."""
 
     @classmethod
     def of(cls, failure: RankFailure) -> EngineDeadError:

@@ -5,6 +5,7 @@ Several are separated by semicolons. Off unless the variable is set, and each ha
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 from apb.comm import HEADER_BYTES, Communicator, Pending, Tag
 from apb.errors import InputError
 
+_LOG = logging.getLogger(__name__)
 VARIABLE = "APB_FAULTS"
 STAGES = ("start", "load", "prefill", "exchange", "decode")
 KINDS = ("kill", "exit0", "raise", "hang", "stop", "slow", "nan", "corrupt", "skip", "oom")
@@ -103,6 +105,7 @@ class FaultInjector:
         time.sleep(self._delay_s)
         for fault in [fault for fault in self.faults if fault.applies(stage, layer, request)]:
             self.faults.remove(fault)
+            _LOG.warning("%s: %s in %s, layer or token %d", VARIABLE, fault.kind, stage, layer)
             self._happen(fault)
 
     def _happen(self, fault: Fault) -> None:

@@ -56,6 +56,8 @@ class Beat(NamedTuple):
     def place(self) -> str:
         """Where the rank is, in words."""
         name = self.stage.name.lower()
+        if self.waiting and self.stage is Stage.START:
+            return "start, meeting the others"
         if self.waiting:
             return f"{name}, exchange of layer {self.layer}"
         if self.stage is Stage.PREFILL:
@@ -107,10 +109,10 @@ class Pulse:
     def wait(self, step: int, layer: int) -> None:
         """This rank waits for others until `go_on`. Messages between passes have the step 0."""
         slot = self._slot
-        slot[4], slot[5], slot[6] = step or slot[4], layer, 1
-        slot[0] += 1
         if self._on_mark is not None and step and slot[3] == Stage.PREFILL:
             self._on_mark("exchange", layer, slot[2])
+        slot[4], slot[5], slot[6] = step or slot[4], layer, 1
+        slot[0] += 1
 
     def go_on(self) -> None:
         slot = self._slot
@@ -125,11 +127,17 @@ class Board:
         if create:
             path.write_bytes(bytes(SLOT_BYTES * world_size))
         with path.open("r+b") as file:
-            self._slots = memoryview(mmap.mmap(file.fileno(), SLOT_BYTES * world_size)).cast("q")
+            self._map = mmap.mmap(file.fileno(), SLOT_BYTES * world_size)
+        self._slots = memoryview(self._map).cast("q")
         self._world_size = world_size
 
     def slot(self, rank: int) -> memoryview:
         return self._slots[rank * _FIELDS : (rank + 1) * _FIELDS]
+
+    def close(self) -> None:
+        """Give the file back; no slot may be in use."""
+        self._slots.release()
+        self._map.close()
 
     def read(self) -> list[Beat]:
         """Every rank's progress, in rank order."""

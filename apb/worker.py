@@ -34,6 +34,7 @@ from apb.supervision import Report
 _PARENT_CHECK_S = 1.0
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """Idle ranks wait out whole prefills; that a peer is gone shows at once, by its connection."""
+_STORE_TIMEOUT = timedelta(seconds=30)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -87,6 +88,8 @@ def join_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     leave: Callable[[], None] = lambda: None  # noqa: E731
+    if pulse is not None and world_size > 1:
+        pulse.wait(0, 0)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -96,14 +99,32 @@ def join_group(
             timeout=_COLLECTIVE_TIMEOUT,
         )
         leave = dist.destroy_process_group
+    control = dist.new_group(backend="gloo") if world_size > 1 else None
+    if pulse is not None:
+        pulse.go_on()
     settings: dict[str, Any] = {
         "defer_checks": device.type == "cuda",
         "pulse": pulse,
-        "control": dist.new_group(backend="gloo") if world_size > 1 else None,
+        "control": control,
     }
     if injector is not None:
         return FaultyCommunicator(rank, world_size, device, injector=injector, **settings), leave
     return Communicator(rank, world_size, device, **settings), leave
+
+
+def agent_keeps_store() -> bool:
+    """Whether torchrun's agent keeps the store; otherwise rank 0 does, once the ranks meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def open_store(prefix: str) -> dist.Store:
+    """A connection of its own to the store that the environment names.
+
+    `prefix` keeps its keys apart from those of a gang that was restarted on the same store.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+    return dist.PrefixStore(prefix, store)
 
 
 def main() -> int:

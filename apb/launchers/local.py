@@ -64,9 +64,15 @@ class LocalSession(Session):
                 finished = "result" in reply
                 yield reply
                 self._watcher.forget()  # whoever reads the replies may have taken a break
-        finally:
+        except (GeneratorExit, KeyboardInterrupt):
             if not finished and self._failure is None:
                 self._cancel()
+            raise
+        except BaseException:
+            if not finished and self._failure is None:  # such as the end of the program
+                self._end(EngineDeadError("the engine was stopped while a request ran"))
+            raise
+        finally:
             self._busy = False
 
     def failure(self) -> EngineDeadError | None:

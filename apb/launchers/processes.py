@@ -24,7 +24,9 @@ _EXIT_S = 5.0
 _STACK_S = 1.0
 
 
-class _Rank(NamedTuple):
+class RankProcess(NamedTuple):
+    """A rank's process, the leader of a process group, and the driver's end of its connection."""
+
     process: subprocess.Popen[bytes]
     connection: Connection
 
@@ -36,10 +38,10 @@ class RankProcesses:
         self.world_size = world_size
         self.folder = tempfile.mkdtemp(prefix="apb-")
         self.board = Board(Path(self.folder) / "board", world_size, create=True)
-        self._ranks: list[_Rank] = []
-        self._finalizer = weakref.finalize(self, _end, self._ranks, self.folder)
+        self._ranks: list[RankProcess] = []
+        self._finalizer = weakref.finalize(self, _end, self._ranks, self.board, self.folder)
         for rank in range(world_size):
-            self._ranks.append(_start_rank(rank, world_size))
+            self._ranks.append(start_rank(rank, world_size))
 
     @property
     def ended(self) -> list[int]:
@@ -109,7 +111,7 @@ class RankProcesses:
         self._finalizer()
 
 
-def _start_rank(rank: int, world_size: int) -> _Rank:
+def start_rank(rank: int, world_size: int) -> RankProcess:
     ours, theirs = Pipe()
     environment = {
         **os.environ,
@@ -130,14 +132,16 @@ def _start_rank(rank: int, world_size: int) -> _Rank:
         start_new_session=True,  # Ctrl-C is the driver's to handle
     )
     theirs.close()
-    return _Rank(process, ours)
+    return RankProcess(process, ours)
 
 
-def _end(ranks: Sequence[_Rank], folder: str) -> None:
+def _end(ranks: Sequence[RankProcess], board: Board, folder: str) -> None:
     for process, connection in ranks:
+        process.kill()
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # and whatever the rank has started
         connection.close()
     for process, _ in ranks:
         process.wait()
+    board.close()
     shutil.rmtree(folder, ignore_errors=True)

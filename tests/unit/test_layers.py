@@ -17,7 +17,7 @@ ROWS = [
     {"errors", "paths", "heartbeat"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
     | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"}
-    | {"supervision"},
+    | {"supervision", "drain"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
