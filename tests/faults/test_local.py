@@ -1,4 +1,4 @@
-"""Every fault of the table on ranks of the local launcher: named, cleared up, and answered after."""
+"""Every fault of the table on local ranks: named, cleared up, and the next request answered."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from apb import LLM, EngineDeadError, RequestError, SamplingParams
-from forked_ranks import start_forked_rank
-from leftovers import Leftovers, left_since
-from scenarios import FAST, NAMED_WITHIN_S, OVERRIDES, SCENARIOS, WORLD_SIZE, Scenario
+from faults.forked_ranks import start_forked_rank
+from faults.leftovers import Leftovers, left_since
+from faults.scenarios import FAST, NAMED_WITHIN_S, OVERRIDES, SCENARIOS, WORLD_SIZE, Scenario
 
 DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 20
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -95,7 +95,7 @@ def test_with_on_failure_stop_all_later_requests_fail_at_once(
     monkeypatch.setenv("APB_FAULTS", "rank=1,stage=prefill,kind=kill")
     llm = LLM.from_overrides(["model=tiny", "world_size=2", "on_failure=stop", *OVERRIDES])
     for _ in range(3):
-        with pytest.raises(EngineDeadError, match="rank 1 .* was killed by SIGKILL"):
+        with pytest.raises(EngineDeadError, match=r"rank 1 .* was killed by SIGKILL"):
             ask(llm)
     assert left_since(before) == [], "also before it is closed"
     llm.close()
@@ -107,7 +107,7 @@ def test_a_cancelled_and_an_overdue_prefill_leave_the_ranks_ready(
     slow = [f"rank={rank},stage=prefill,kind=slow,seconds=0.5" for rank in range(WORLD_SIZE)]
     monkeypatch.setenv("APB_FAULTS", ";".join(slow))
     with open_llm() as llm:
-        with pytest.raises(RequestError, match="longer than timeout_s=0.1"):
+        with pytest.raises(RequestError, match=r"longer than timeout_s=0\.1"):
             llm.ask(DOCUMENT, "Who kept bees?", PARAMS, timeout_s=0.1)
         stream = llm.stream(DOCUMENT, "Who kept bees?", PARAMS)
         next(iter(stream))

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from leftovers import Leftovers, left_since
-from scenarios import NAMED_WITHIN_S, OVERRIDES, SCENARIOS, TORCHRUN, WORLD_SIZE, Scenario
+from faults.leftovers import Leftovers, left_since
+from faults.scenarios import NAMED_WITHIN_S, OVERRIDES, SCENARIOS, TORCHRUN, WORLD_SIZE, Scenario
 
 ASK = [
     *("-m", "apb.run", "+model=tiny", "prompt=text", "decode.max_tokens=6"),

@@ -36,7 +36,7 @@ def test_a_rank_gets_its_own_faults_of_its_gang() -> None:
     ],
 )
 def test_what_is_not_understood_is_refused_in_a_sentence(text: str, words: str) -> None:
-    with pytest.raises(InputError, match="^APB_FAULTS has ") as refusal:
+    with pytest.raises(InputError, match=r"^APB_FAULTS has ") as refusal:
         planned_faults({"APB_FAULTS": text}, rank=2, gang=0)
     assert words in str(refusal.value)
 

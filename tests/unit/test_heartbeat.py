@@ -1,4 +1,4 @@
-"""Progress as others read it: places in words, counts that move, one board for several processes."""
+"""Progress as others read it: places in words, counts that move, one board for processes."""
 
 from __future__ import annotations
 

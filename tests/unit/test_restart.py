@@ -1,4 +1,4 @@
-"""A lost gang is replaced within its budget; without one, every later request fails with the cause."""
+"""A lost gang is replaced within its budget; else every later request fails with the cause."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_budget_is_spent_and_comes_back() -> None:
 def test_a_gang_that_never_worked_is_not_replaced() -> None:
     session, gangs = started(Clock())
     for _ in range(2):
-        with pytest.raises(EngineDeadError, match="^gang 0 was killed$"):
+        with pytest.raises(EngineDeadError, match=r"^gang 0 was killed$"):
             ask(session, "die")
     assert len(gangs) == 1
 
@@ -113,6 +113,6 @@ def test_after_closing_nothing_is_started() -> None:
     ask(session)
     session.close()
     gangs[0].lost = EngineDeadError("the engine was closed")
-    with pytest.raises(EngineDeadError, match="^the engine was closed$"):
+    with pytest.raises(EngineDeadError, match=r"^the engine was closed$"):
         ask(session)
     assert len(gangs) == 1

@@ -1,4 +1,4 @@
-"""Who is to blame for a stall or an end, and how often ranks may start again; with a made-up clock."""
+"""Who is to blame for a stall or an end, and who may start again; with a made-up clock."""
 
 from __future__ import annotations
 
