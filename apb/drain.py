@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_LOG = logging.getLogger(__name__)
 EXIT_CODE = 128 + signal.SIGTERM
 _BACKSTOP_S = 5.0
 """How much longer a main thread that is stuck in a collective is waited for."""
@@ -30,8 +31,7 @@ def draining(drain_s: float) -> Iterator[None]:
 
     def begin(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, drain_s)
-        text = f"apb: SIGTERM: the running request has {drain_s:g} s to finish"
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        _LOG.info("SIGTERM: the running request has %g s to finish", drain_s)
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated

@@ -144,14 +144,15 @@ class StoreWatch:
         """A rank whose process has ended, or from which nothing comes."""
         failed = self._has_failed.is_set()
         for rank, (_, host, beat) in enumerate(self._signs):
+            place = f"last heard of in {beat.place}"
             if beat.stage is Stage.LEFT or (beat.stage is Stage.IDLE and not failed):
                 continue
             silent_s = now - self._heard_at[rank]
             if host == self._host and _is_gone(beat.pid):
-                return RankFailure(rank, host, beat.place, "ended without a word")
+                return RankFailure(rank, host, place, "ended without a word")
             if silent_s > (_SILENT_S if failed else self._config.heartbeat_s):
                 reason = f"has not been heard of for {silent_s:.1f} s"
-                return RankFailure(rank, host, beat.place, reason)
+                return RankFailure(rank, host, place, reason)
         return None
 
     def _cause(self) -> RankFailure | None:
