@@ -9,12 +9,17 @@ from typing import NamedTuple
 
 import psutil
 
+_SHARED = ("torch", "nccl", "gloo", "psm", "apb")
+"""How names of shared memory begin that a rank could have made."""
 _SETTLE_S = 3.0
 """How long the system may take to reap what was killed."""
 
 
 class Leftovers(NamedTuple):
-    """A picture of this process and of what belongs to apb around it."""
+    """A picture of this process and of what belongs to apb around it.
+
+    Other gangs on the machine have other folders: `before` gives each test one of its own.
+    """
 
     processes: frozenset[int]
     threads: int
@@ -30,7 +35,7 @@ class Leftovers(NamedTuple):
             this.num_threads(),
             this.num_fds(),
             frozenset(Path(tempfile.gettempdir()).glob("apb-*")),
-            frozenset(Path("/dev/shm").glob("*")),
+            frozenset(path for path in Path("/dev/shm").glob("*") if path.name.startswith(_SHARED)),
         )
 
     def since(self, before: Leftovers) -> list[str]:

@@ -51,9 +51,8 @@ def expected(_forked: None) -> list[int]:
     ],
 )
 def test_a_fault_is_named_and_the_next_request_is_answered(
-    scenario: Scenario, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, expected: list[int], monkeypatch: pytest.MonkeyPatch, before: Leftovers
 ) -> None:
-    before = Leftovers.now()
     monkeypatch.setenv("APB_FAULTS", scenario.text(request=2))
     with open_llm() as llm:
         begin = time.monotonic()
@@ -90,8 +89,8 @@ def check_blame(error: EngineDeadError, scenario: Scenario) -> None:
 @pytest.mark.faults
 def test_with_on_failure_stop_all_later_requests_fail_at_once(
     monkeypatch: pytest.MonkeyPatch,
+    before: Leftovers,
 ) -> None:
-    before = Leftovers.now()
     monkeypatch.setenv("APB_FAULTS", "rank=1,stage=prefill,kind=kill")
     llm = LLM.from_overrides(["model=tiny", "world_size=2", "on_failure=stop", *OVERRIDES])
     for _ in range(3):

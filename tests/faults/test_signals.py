@@ -54,9 +54,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_ctrl_c_once_ends_the_command_and_its_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Leftovers
 ) -> None:
-    before = Leftovers.now()
     with answering(tmp_path, monkeypatch, seconds=1.0) as process:
         process.send_signal(signal.SIGINT)
         code, text = ended(process)
@@ -66,9 +65,8 @@ def test_ctrl_c_once_ends_the_command_and_its_ranks(
 
 
 def test_sigterm_lets_a_short_request_finish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Leftovers
 ) -> None:
-    before = Leftovers.now()
     with answering(tmp_path, monkeypatch, "output=result.json", seconds=0.3) as process:
         process.send_signal(signal.SIGTERM)
         code, text = ended(process)
@@ -79,9 +77,8 @@ def test_sigterm_lets_a_short_request_finish(
 
 
 def test_sigterm_ends_a_long_request_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Leftovers
 ) -> None:
-    before = Leftovers.now()
     with answering(tmp_path, monkeypatch, "supervision.drain_s=1", seconds=20) as process:
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -93,9 +90,8 @@ def test_sigterm_ends_a_long_request_in_time(
 
 
 def test_a_killed_command_takes_even_stopped_ranks_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Leftovers
 ) -> None:
-    before = Leftovers.now()
     with answering(tmp_path, monkeypatch, seconds=20) as process:
         ranks = psutil.Process(process.pid).children()
         assert len(ranks) == 2

@@ -41,9 +41,8 @@ def planned(draw: random.Random) -> str:
 @pytest.mark.faults
 @pytest.mark.timeout(400)
 def test_two_hundred_requests_with_faults_in_a_tenth(
-    expected: list[int], monkeypatch: pytest.MonkeyPatch
+    expected: list[int], monkeypatch: pytest.MonkeyPatch, before: Leftovers
 ) -> None:
-    before = Leftovers.now()
     monkeypatch.setenv("APB_FAULTS", planned(random.Random(0)))
     refused = answered = 0
     failures = list[RankFailure | None]()

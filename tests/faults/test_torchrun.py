@@ -21,6 +21,8 @@ ASK = [
     *("decode.ignore_eos=true", "prompt.query=Who kept bees?", "output=result.json"),
     "prompt.document=" + "The mill stood by the river, and the miller kept bees. " * 20,
 ]
+SILENCE_S = 5.0
+SILENCE = [f"supervision.heartbeat_s={SILENCE_S}"]
 ENDS_WITHIN_S = 5.0
 """After the failure was named: torchrun ends what is left."""
 
@@ -42,7 +44,7 @@ class Run(NamedTuple):
 def torchrun(folder: Path, faults: str, *, restarts: int = 0) -> Run:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORLD_SIZE}"]
     process = subprocess.Popen(
-        [*command, f"--max-restarts={restarts}", *ASK, *OVERRIDES],
+        [*command, f"--max-restarts={restarts}", *ASK, *OVERRIDES, *SILENCE],
         cwd=folder,
         env={**os.environ, "APB_FAULTS": faults, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -64,12 +66,14 @@ def check(run: Run, scenario: Scenario) -> None:
     """The culprit is named, in time, once and before any victim."""
     happened_at, _ = run.first("APB_FAULTS: ")
     named_at, sentence = run.first("apb: ")
-    assert named_at - happened_at < scenario.budget_s + NAMED_WITHIN_S
+    # A stopped rank says no more what it does: that nothing is heard of it has a budget of its own.
+    budget_s = SILENCE_S if scenario.kind == "stop" else scenario.budget_s
+    assert named_at - happened_at < budget_s + NAMED_WITHIN_S
     assert sentence.startswith(f"apb: rank {scenario.rank} on ")
     # Of a rank that is gone only the last heartbeat is known, half a second old.
-    gone = scenario.kind in ("kill", "exit0")
+    gone = scenario.kind in ("kill", "exit0", "stop")
     assert ("(last heard of in " if gone else f"({scenario.place or scenario.stage}") in sentence
-    words = {"kill": "ended without a word", "stop": "made no progress"}
+    words = {"kill": "ended without a word", "stop": "has not been heard of"}
     assert words.get(scenario.kind, scenario.words) in sentence
     assert len([text for _, text in run.lines if text.startswith("apb: ")]) == 1
     if scenario.kind == "hang":
@@ -84,8 +88,9 @@ def check(run: Run, scenario: Scenario) -> None:
         if it.name in TORCHRUN
     ],
 )
-def test_a_fault_is_named_and_ends_the_run(scenario: Scenario, tmp_path: Path) -> None:
-    before = Leftovers.now()
+def test_a_fault_is_named_and_ends_the_run(
+    scenario: Scenario, tmp_path: Path, before: Leftovers
+) -> None:
     run = torchrun(tmp_path, scenario.text(request=1))
     check(run, scenario)
     assert run.code == 1
