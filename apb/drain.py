@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -53,13 +54,17 @@ def draining(drain_s: float) -> Iterator[None]:
 
 
 def _backstop(wakened: socket.socket, after_s: float) -> None:
+    """Ends the process that long after SIGTERM, unless the other end is closed before."""
+    deadline = None
     with wakened:
-        while numbers := wakened.recv(16):
-            if signal.SIGTERM in numbers:
-                wakened.settimeout(after_s)
-                break
-        try:
-            while wakened.recv(16):
-                pass
-        except TimeoutError:
-            os._exit(EXIT_CODE)
+        while True:
+            try:
+                numbers = wakened.recv(16)
+            except TimeoutError:
+                os._exit(EXIT_CODE)
+            if not numbers:
+                return
+            if deadline is None and signal.SIGTERM in numbers:
+                deadline = time.monotonic() + after_s
+            if deadline is not None:
+                wakened.settimeout(max(0.01, deadline - time.monotonic()))

@@ -74,11 +74,15 @@ class LLM:
         self._opened: Session | None = None
         self.config = compose_config(overrides)
 
-    @property
-    def _session(self) -> Session:
-        """The ranks, started by the first request."""
+    def start(self) -> None:
+        """Start the ranks if they are not there yet, as the first request would."""
         if self._opened is None:
             self._opened = _open_session(self.config, self._overrides)
+
+    @property
+    def _session(self) -> Session:
+        self.start()
+        assert self._opened is not None
         return self._opened
 
     def ask(

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         _run_hydra(overrides, rank)
     except ApbError as error:
         _report(error, rank)
+        if isinstance(error, EngineDeadError) and error.is_told:
+            os._exit(error.exit_code)  # an orderly end could wait for ranks that are gone
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -91,14 +93,20 @@ def _answer() -> None:
     output_path = _output_path(config, folder) if is_first else folder
     # There is no second request that other ranks could answer.
     llm = LLM.from_overrides([*overrides, "on_failure=stop"])
-    with draining(config.supervision.drain_s), closing(llm):
-        prompt = config.prompt.load(llm.make_needle, seed=config.seed)
-        params = config.decode.sampling_params(seed=config.seed)
-        output = llm.ask(prompt.document, prompt.question, params)
+    with closing(llm):
+        llm.start()
+        with draining(config.supervision.drain_s):
+            prompt, output = _ask(llm, config)
     if is_first:
         _show(prompt, output)
         write_json(output_path, output.to_json())
         _LOG.info("result in %s", output_path)
+
+
+def _ask(llm: LLM, config: RunConfig) -> tuple[PromptText, RequestOutput]:
+    prompt = config.prompt.load(llm.make_needle, seed=config.seed)
+    params = config.decode.sampling_params(seed=config.seed)
+    return prompt, llm.ask(prompt.document, prompt.question, params)
 
 
 def _output_path(config: RunConfig, folder: Path) -> Path:

@@ -81,13 +81,21 @@ class Stall(NamedTuple):
         return RankFailure(self.rank, host, self.beat.place, reason, stack=stack)
 
 
+LOOK_S = 5.0
+"""Who has looked away for longer, stopped or on a sleeping machine, knows nothing of the time."""
+
+
 class Watcher:
-    """Compares successive heartbeats of a gang with what each stage may take."""
+    """Compares successive heartbeats of a gang with what each stage may take.
+
+    They have to be looked at every few seconds (`LOOK_S`).
+    """
 
     def __init__(self, config: SupervisionConfig) -> None:
         self._config = config
         self._seen: list[Beat] = []
         self._since: list[float] = []
+        self._looked_at = 0.0
 
     def observe(self, beats: Sequence[Beat], now: float, *, request: int = 0) -> Stall | None:
         """The stall that these heartbeats reveal, if there is one.
@@ -99,6 +107,9 @@ class Watcher:
             now: seconds on any clock that does not jump.
             request: the number of the request that ranks should have taken by now.
         """
+        if now - self._looked_at > LOOK_S:
+            self.forget()
+        self._looked_at = now
         if not self._seen:
             self._seen, self._since = [Beat()] * len(beats), [now] * len(beats)
         for rank, beat in enumerate(beats):

@@ -162,11 +162,10 @@ class LocalSession(Session):
         ended = {rank: time.monotonic() for rank in heard}
         deadline = time.monotonic() + _AUTOPSY_S
         while len(heard) < self._processes.world_size and time.monotonic() < deadline:
-            for rank in self._processes.ready(_POLL_S):
-                if rank not in heard:
-                    message = self._heard(rank)
-                    if message is None or not message.keys().isdisjoint(("report", "error")):
-                        heard[rank], ended[rank] = message, time.monotonic()
+            for rank in self._processes.ready(_POLL_S, besides=heard):
+                message = self._heard(rank)
+                if message is None or not message.keys().isdisjoint(("report", "error")):
+                    heard[rank], ended[rank] = message, time.monotonic()
         for message in heard.values():
             if message is not None and "error" in message:
                 raise InputError(message["error"])

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -53,18 +53,20 @@ class RankProcesses:
         with suppress(OSError):
             self._ranks[rank].connection.send_bytes(encoded)
 
-    def ready(self, timeout_s: float) -> list[int]:
-        """Ranks that have said something or have ended.
+    def ready(self, timeout_s: float, *, besides: Container[int] = ()) -> list[int]:
+        """Ranks that have said something or have ended, besides those that are known.
 
         Raises:
             EngineDeadError: another thread has ended them all.
         """
-        connections = [it.connection for it in self._ranks]
+        connections = {
+            rank: it.connection for rank, it in enumerate(self._ranks) if rank not in besides
+        }
         try:
-            found = wait(connections, timeout_s)
+            found = wait(connections.values(), timeout_s)
         except (OSError, ValueError):
             raise EngineDeadError("the engine was closed") from None
-        return [rank for rank, connection in enumerate(connections) if connection in found]
+        return [rank for rank, connection in connections.items() if connection in found]
 
     def receive(self, rank: int) -> bytes | None:
         """What the rank says next; None where it has ended without a word."""

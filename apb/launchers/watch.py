@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 from apb.errors import EngineDeadError, RankFailure
 from apb.heartbeat import Beat, Pulse, Stage
-from apb.supervision import Blame, Report, SupervisionConfig, Watcher
+from apb.supervision import LOOK_S, Blame, Report, SupervisionConfig, Watcher
 
 _BEAT_S = 0.5
 _EXPLAIN_S = 3.0
@@ -66,7 +66,7 @@ class StoreWatch:
         self._host, self._parent, self._turn = socket.gethostname(), os.getppid(), 0
         self._keys = [f"beat{rank}" for rank in range(world_size)]
         self._signs = [_Sign()] * world_size
-        self._begun_at = time.monotonic()
+        self._begun_at = self._looked_at = time.monotonic()
         self._heard_at = [self._begun_at] * world_size
         self._has_failed, self._stopping = threading.Event(), threading.Event()
         self._publish()
@@ -119,6 +119,9 @@ class StoreWatch:
     def _judge(self) -> RankFailure | None:
         """The failure that the heartbeats reveal, told to all."""
         now = time.monotonic()
+        if now - self._looked_at > LOOK_S:
+            self._heard_at = [now] * len(self._keys)
+        self._looked_at = now
         if not self._store.check(self._keys):
             return self._absent(now)
         for rank, text in enumerate(self._store.multi_get(self._keys)):

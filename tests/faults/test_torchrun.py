@@ -23,8 +23,8 @@ ASK = [
 ]
 SILENCE_S = 5.0
 SILENCE = [f"supervision.heartbeat_s={SILENCE_S}"]
-ENDS_WITHIN_S = 5.0
-"""After the failure was named: torchrun ends what is left."""
+ENDS_WITHIN_S = 10.0
+"""After the failure was named: torchrun ends what is left, and Python takes its time."""
 
 
 class Run(NamedTuple):

@@ -107,10 +107,13 @@ def test_a_rank_that_has_left_is_neither_blamed_nor_waited_for() -> None:
 
 def test_a_break_in_watching_is_not_held_against_the_ranks() -> None:
     watcher, beats = Watcher(CONFIG), [working(3)]
-    assert watcher.observe(beats, 0.0) is None
+    for begin in (0.0, 500.0):  # stopped, or asleep with the machine
+        assert watcher.observe(beats, begin) is None
+        assert watcher.observe(beats, begin + 1.9) is None
+    assert watcher.observe(beats, 502.1) is not None
     watcher.forget()
-    assert watcher.observe(beats, 500.0) is None
-    assert watcher.observe(beats, 503.0) is not None
+    assert watcher.observe(beats, 503.0) is None
+    assert watcher.observe(beats, 505.1) is not None
 
 
 def report(blame: Blame, rank: int, at_s: float) -> Report:
