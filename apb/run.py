@@ -94,19 +94,15 @@ def _answer() -> None:
     # There is no second request that other ranks could answer.
     llm = LLM.from_overrides([*overrides, "on_failure=stop"])
     with closing(llm):
+        prompt = config.prompt.load(llm.make_needle, seed=config.seed)
+        params = config.decode.sampling_params(seed=config.seed)
         llm.start()
         with draining(config.supervision.drain_s):
-            prompt, output = _ask(llm, config)
+            output = llm.ask(prompt.document, prompt.question, params)
     if is_first:
         _show(prompt, output)
         write_json(output_path, output.to_json())
         _LOG.info("result in %s", output_path)
-
-
-def _ask(llm: LLM, config: RunConfig) -> tuple[PromptText, RequestOutput]:
-    prompt = config.prompt.load(llm.make_needle, seed=config.seed)
-    params = config.decode.sampling_params(seed=config.seed)
-    return prompt, llm.ask(prompt.document, prompt.question, params)
 
 
 def _output_path(config: RunConfig, folder: Path) -> Path:

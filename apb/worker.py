@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -137,14 +137,14 @@ def main() -> int:
         return 1  # the driver is gone, and with it whoever could be told
     folder = Path(hello["folder"])
     board = Board(folder / "board", world_size)
-    threading.Thread(target=_follow_parent, args=(folder, board), daemon=True).start()
+    threading.Thread(target=_follow_driver, args=(folder, board), daemon=True).start()
     stacks = (folder / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     slot = board.slot(rank)
     try:
         _serve(connection, hello, rank, world_size, slot)
     except (EOFError, BrokenPipeError):
-        return 1
+        _end_all(folder, board)
     except InputError as error:
         _send(connection, {"error": str(error), "kind": InputError.__name__})
         return error.exit_code
@@ -156,14 +156,16 @@ def main() -> int:
     return 0
 
 
-def _follow_parent(folder: Path, board: Board) -> None:
-    """End with the driver, also where it was killed while this rank computes.
-
-    Who notices first clears up for all: a stopped rank cannot.
-    """
-    parent = os.getppid()
-    while os.getppid() == parent:
+def _follow_driver(folder: Path, board: Board) -> None:
+    """End with the driver, also where it was killed while this rank computes."""
+    driver = int(os.environ["APB_DRIVER"])
+    while os.getppid() == driver:
         time.sleep(_PARENT_CHECK_S)
+    _end_all(folder, board)
+
+
+def _end_all(folder: Path, board: Board) -> NoReturn:
+    """Clear up for all ranks: one that is stopped cannot."""
     shutil.rmtree(folder, ignore_errors=True)
     for beat in board.read():
         if beat.pid not in (0, os.getpid()):

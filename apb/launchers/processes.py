@@ -122,6 +122,7 @@ def start_rank(rank: int, world_size: int) -> RankProcess:
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world_size),
         "APB_CONNECTION": str(theirs.fileno()),
+        "APB_DRIVER": str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     # The ranks are all here, and a host name that does not resolve must not keep them apart.

@@ -70,6 +70,10 @@ def _live(environment: dict[str, str], connection: Connection) -> None:
 
     os.setsid()
     torch.set_num_threads(1)
-    os.environ.update(environment, APB_CONNECTION=str(os.dup(connection.fileno())))
+    os.environ.update(
+        environment,
+        APB_CONNECTION=str(os.dup(connection.fileno())),
+        APB_DRIVER=str(os.getppid()),
+    )
     connection.close()
     os._exit(main())
