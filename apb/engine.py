@@ -54,6 +54,7 @@ class Engine:
         self._on_layer = on_layer
         self._alone = Communicator(OWNER, 1, comm.device)
         self._gathered = False
+        self._context_rows = 0
         self.step = 0
         self._cache: KVCacheShard | None = None
         self._decode: ShardedDecode | None = None
@@ -112,6 +113,7 @@ class Engine:
         if self._cache is not None:
             cached = hand_off.positions() if self._gathered else rows.positions[rows.local]
             self._cache.commit(self._positions(cached))
+            self._context_rows = len(self._cache)
             self._decode = ShardedDecode(self._cache, self.decode_comm, self._backend)
         return rows
 
@@ -181,6 +183,16 @@ class Engine:
     def report(self, value: dict[str, float]) -> list[dict[str, float]]:
         """Every rank's `value`, in rank order, on every rank."""
         return self.comm.all_gather_json(value, Tag(self._next_step(), 0, Kind.REPORT))
+
+    def where_not_finite(self) -> str:
+        """Where the document's keys or values went wrong first, in words; on all ranks."""
+        mine = None if self._cache is None else self._cache.first_not_finite(self._context_rows)
+        layers = self.comm.all_gather_json(mine, Tag(self._next_step(), 0, Kind.REPORT))
+        found = [(layer, rank) for rank, layer in enumerate(layers) if layer is not None]
+        if not found:
+            return "the document's keys and values are finite"
+        layer, rank = min(found)
+        return f"the document's keys and values are not from layer {layer} on, on rank {rank} first"
 
     def release(self) -> None:
         """Give the cache's memory back."""

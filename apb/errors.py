@@ -44,6 +44,10 @@ class RequestError(ApbError):
     """One request failed while it ran; the engine is still usable."""
 
 
+class NotFiniteError(RequestError):
+    """Logits came out as NaN or infinite; `RequestError` to callers."""
+
+
 class EngineDeadError(ApbError):
     """The ranks are gone: the message is the first cause, and `failure` its parts if known."""
 

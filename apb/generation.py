@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apb.comm import Kind, Tag
 from apb.engine import Engine
-from apb.errors import RequestError
+from apb.errors import NotFiniteError
 from apb.methods.decode import OWNER
 from apb.metrics import Timeline
 from apb.sampling import Sampler, SamplingParams
@@ -113,7 +113,7 @@ def generate(
         max_nodes: of a tree, the same on every rank.
 
     Raises:
-        RequestError: the logits are not finite, on every rank.
+        NotFiniteError: the logits are not finite, on every rank.
     """
     writer = None
     if engine.is_owner:
@@ -135,7 +135,7 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
         for step in steps:
             done.append(step)
             yield step
-    except RequestError as error:
+    except NotFiniteError as error:
         failure = str(error)
         raise
     finally:
@@ -149,7 +149,7 @@ def _told_by_owner(engine: Engine) -> Iterator[Step]:
     engine.step, engine.next_position = told["state"]
     yield from (Step(*step) for step in told["steps"])
     if told["failure"] is not None:
-        raise RequestError(told["failure"])
+        raise NotFiniteError(told["failure"])
 
 
 def _steps(
@@ -191,7 +191,7 @@ def _emitted(outcome: Outcome, position: int) -> Iterator[Step]:
     """The tokens of a forward pass from a position on; the last one says why it is the last."""
     if outcome.verdict is Verdict.NOT_FINITE:
         yield from (Step(token_id, None) for token_id in outcome.token_ids)
-        raise RequestError(_not_finite(position + len(outcome.token_ids)))
+        raise NotFiniteError(_not_finite(position + len(outcome.token_ids)))
     *earlier, last = outcome.token_ids
     yield from (Step(token_id, None) for token_id in earlier)
     ends = outcome.verdict is not Verdict.CONTINUE
@@ -271,7 +271,7 @@ def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -
     """Log-probability of ``targets[i]`` after ``token_ids[i]``; `prefill` has run with room.
 
     Raises:
-        RequestError: the logits are not finite, on every rank.
+        NotFiniteError: the logits are not finite, on every rank.
     """
     hidden_TM = engine.extend(token_ids)
     values: list[float] = []
@@ -288,7 +288,7 @@ def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -
     tag = Tag(engine.step, 0, Kind.CONTROL)
     found = engine.comm.all_gather_json(values if finite else None, tag)[OWNER]
     if found is None:
-        raise RequestError(_not_finite(engine.next_position - 1))
+        raise NotFiniteError(_not_finite(engine.next_position - 1))
     result: list[float] = found
     return result
 

@@ -17,7 +17,7 @@ from apb.attention.base import AttentionTarget
 from apb.comm import Communicator
 from apb.config import RunConfig, plugin_name
 from apb.engine import Engine
-from apb.errors import InputError, RequestError
+from apb.errors import InputError, NotFiniteError, RequestError
 from apb.generation import Step, generate, logprobs
 from apb.heartbeat import Pulse, Stage
 from apb.hf.model import CausalLM, choose_dtype, load_config
@@ -193,6 +193,8 @@ class RequestRunner:
                 self._speculator.read(ready.rows.positions, ready.rows.local)
             self._progress.begin("answering, tokens", request.sampling.max_tokens)
             output = yield from self._answer(request, ready, meter)
+        except NotFiniteError as error:
+            raise RequestError(f"{error}; {ready.engine.where_not_finite()}") from error
         finally:
             self._progress.close()
             ready.engine.release()
