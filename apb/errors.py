@@ -20,7 +20,7 @@ class RankFailure(NamedTuple):
     exit_code: int | None = None
     """Of the process if it had ended by itself; negative for the signal that killed it."""
     stack: str = ""
-    """Of every thread of the rank, where it could still be asked, or the exception's traceback."""
+    """Of the main thread, where it could still be asked, or the traceback of what it raised."""
 
     @property
     def sentence(self) -> str:

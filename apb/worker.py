@@ -139,7 +139,7 @@ def main() -> int:
     board = Board(folder / "board", world_size)
     threading.Thread(target=_follow_driver, args=(folder, board), daemon=True).start()
     stacks = (folder / f"stack-{rank}").open("w")
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
     slot = board.slot(rank)
     try:
         _serve(connection, hello, rank, world_size, slot)

@@ -82,7 +82,7 @@ class RankProcesses:
         return None
 
     def stack_of(self, rank: int) -> str:
-        """What every thread of a running process is at; empty where it cannot tell."""
+        """What the main thread of a running process is at; empty where it cannot tell."""
         process, path = self._ranks[rank].process, Path(self.folder) / f"stack-{rank}"
         if not path.exists() or self.is_stopped(rank):
             return ""
