@@ -78,12 +78,14 @@ def join_group(
     device: torch.device,
     *,
     init_method: str = "env://",
+    store: dist.Store | None = None,
     pulse: Pulse | None = None,
     injector: FaultInjector | None = None,
 ) -> tuple[Communicator, Callable[[], None]]:
     """Meet the other ranks; returns how to talk to them and how to leave.
 
-    A process group that the caller has made already is used and left alone.
+    A process group that the caller has made already is used and left alone. They meet at `store`
+    if it is given, else as `init_method` says.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -93,7 +95,8 @@ def join_group(
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
+            init_method=None if store is not None else init_method,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=_COLLECTIVE_TIMEOUT,
@@ -117,14 +120,11 @@ def agent_keeps_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def open_store(prefix: str) -> dist.Store:
-    """A connection of its own to the store that the environment names.
-
-    `prefix` keeps its keys apart from those of a gang that was restarted on the same store.
-    """
+def open_store(prefix: str = "") -> dist.Store:
+    """A connection of its own to the store that the environment names, to keys with that prefix."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
-    return dist.PrefixStore(prefix, store)
+    return dist.PrefixStore(prefix, store) if prefix else store
 
 
 def main() -> int:

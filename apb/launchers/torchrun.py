@@ -11,6 +11,7 @@ from apb.config import RunConfig
 from apb.errors import EngineDeadError, InputError, RequestError
 from apb.heartbeat import Stage
 from apb.launchers.base import Session
+from apb.launchers.rendezvous import fresh_prefix
 from apb.launchers.watch import StoreWatch
 from apb.runner import RequestRunner
 from apb.worker import (
@@ -46,12 +47,17 @@ class TorchrunSession(Session):
         watching = partial(
             StoreWatch, pulse=pulse, rank=rank, world_size=world_size, config=config.supervision
         )
+        join = partial(join_group, rank, world_size, device, pulse=pulse, injector=injector)
         try:
-            if world_size > 1 and agent_keeps_store():  # then it is there before the ranks meet
-                self._watch = watching(open_store(f"apb-{restarts}"))
-            comm, self._leave = join_group(rank, world_size, device, pulse=pulse, injector=injector)
-            if world_size > 1 and self._watch is None and "MASTER_ADDR" in os.environ:
-                self._watch = watching(open_store(f"apb-{restarts}"))
+            if world_size > 1 and agent_keeps_store():
+                start_s = config.supervision.start_s
+                prefix = fresh_prefix(open_store(), rank, world_size, timeout_s=start_s)
+                self._watch = watching(open_store(f"{prefix}/watch"))
+                comm, self._leave = join(store=open_store(f"{prefix}/group"))
+            else:
+                comm, self._leave = join()
+                if world_size > 1 and "MASTER_ADDR" in os.environ:
+                    self._watch = watching(open_store("apb/watch"))
             self._runner = RequestRunner(config, comm, pulse)
         except BaseException:
             self.close()

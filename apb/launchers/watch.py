@@ -66,8 +66,8 @@ class StoreWatch:
         self._host, self._parent, self._turn = socket.gethostname(), os.getppid(), 0
         self._keys = [f"beat{rank}" for rank in range(world_size)]
         self._signs = [_Sign()] * world_size
-        self._begun_at = self._looked_at = time.monotonic()
-        self._heard_at = [self._begun_at] * world_size
+        self._looked_at = time.monotonic()
+        self._heard_at = [self._looked_at] * world_size
         self._has_failed, self._stopping = threading.Event(), threading.Event()
         self._publish()
         self._thread = threading.Thread(target=self._run, name="apb-watch", daemon=True)
@@ -123,7 +123,7 @@ class StoreWatch:
             self._heard_at = [now] * len(self._keys)
         self._looked_at = now
         if not self._store.check(self._keys):
-            return self._absent(now)
+            return None
         for rank, text in enumerate(self._store.multi_get(self._keys)):
             turn, host, beat = json.loads(text)
             if turn != self._signs[rank].turn:
@@ -134,14 +134,6 @@ class StoreWatch:
         if failure is None and stall is not None:
             failure = stall.failure(self._host_of(stall.rank))
         return None if failure is None else self._agree(failure)
-
-    def _absent(self, now: float) -> RankFailure | None:
-        """A rank that has not come up in time."""
-        if now - self._begun_at <= self._config.start_s:
-            return None
-        rank = next(rank for rank, key in enumerate(self._keys) if not self._store.check([key]))
-        reason = f"has not come up within supervision.start_s={self._config.start_s:g}"
-        return self._agree(RankFailure(rank, "a machine unknown", "start", reason))
 
     def _lost(self, now: float) -> RankFailure | None:
         """A rank whose process has ended, or from which nothing comes."""
