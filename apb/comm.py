@@ -250,7 +250,12 @@ class Communicator:
         expected = [fields for message, _ in self._unverified for fields in message]
         received_NU = torch.cat([headers_RU for _, headers_RU in self._unverified])
         self._unverified.clear()
-        for wanted, fields in zip(expected, received_NU.view(torch.int64).tolist(), strict=True):
+        if self.pulse is not None and self.defer_checks:  # a GPU's stream is waited for only here
+            self.pulse.wait(*expected[-1][1:3])
+        received = received_NU.view(torch.int64).tolist()
+        if self.pulse is not None and self.defer_checks:
+            self.pulse.go_on()
+        for wanted, fields in zip(expected, received, strict=True):
             if wanted != tuple(fields):
                 raise _mismatch(self.rank, wanted, fields)
 
