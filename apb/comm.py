@@ -165,11 +165,11 @@ class Communicator:
             for text_U, size in zip(texts_RU.cpu(), sizes_R, strict=True)
         ]
 
-    def agree(self, value: int, *, src: int, layer: int = 0) -> Pending[int]:
+    def agree(self, value: int, *, src: int) -> Pending[int]:
         """Rank `src`'s small integer on every rank, beside the tensors' way and not counted."""
         if self.world_size == 1:
             return Pending(lambda: value)
-        tag = Tag(0, layer, Kind.CONTROL)
+        tag = Tag(0, 0, Kind.CONTROL)
         value_1 = torch.tensor([value], dtype=torch.uint8)
         works = self._begin(
             tag, lambda: [dist.broadcast(value_1, src=src, group=self.control, async_op=True)]

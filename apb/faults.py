@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from apb.comm import HEADER_BYTES, Communicator, Pending, Tag
+from apb.comm import HEADER_BYTES, Communicator, Kind, Pending, Tag
 from apb.errors import InputError
 
 _LOG = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ STAGES = ("start", "load", "prefill", "exchange", "decode")
 KINDS = ("kill", "exit0", "raise", "hang", "stop", "slow", "nan", "corrupt", "skip", "oom")
 _OF_MESSAGES = ("nan", "corrupt", "skip")
 """Kinds that spoil what a rank sends during a prefill, and so need ``stage=exchange``."""
+
+_WITH_KV = (Kind.UPSTREAM, Kind.RING, Kind.HEADS, Kind.SHARD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +153,10 @@ class FaultyCommunicator(Communicator):
         buffer_U = Communicator._pack(self, x, tag, payload=payload)
         if payload and self._disarm("corrupt"):
             buffer_U[0] ^= 0xFF
-        elif payload and x.is_floating_point() and self._disarm("nan"):
-            buffer_U[HEADER_BYTES:] = 0xFF  # all bits set is NaN in every float format
+        elif payload and tag.kind in _WITH_KV and self._disarm("nan"):
+            buffer_U[HEADER_BYTES:] = (
+                0xFF  # all bits set is NaN in every float format, scales included
+            )
         return buffer_U
 
     def _disarm(self, kind: str) -> bool:

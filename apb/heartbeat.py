@@ -107,11 +107,16 @@ class Pulse:
             self._on_mark(Stage(slot[3]).name.lower(), layer, slot[2])
 
     def wait(self, step: int, layer: int) -> None:
-        """This rank waits for others until `go_on`. Messages between passes have the step 0."""
+        """This rank waits for others until `go_on`.
+
+        A control message has the step 0: where the rank is then says more than the message does.
+        """
         slot = self._slot
         if self._on_mark is not None and step and slot[3] == Stage.PREFILL:
             self._on_mark("exchange", layer, slot[2])
-        slot[4], slot[5], slot[6] = step or slot[4], layer, 1
+        if step:
+            slot[4], slot[5] = step, layer
+        slot[6] = 1
         slot[0] += 1
 
     def go_on(self) -> None:

@@ -43,11 +43,11 @@ class Interrupt:
                 self._word = _OVERDUE
         return self._word != 0
 
-    def between_layers(self, layer: int) -> None:
+    def between_layers(self) -> None:
         """Raises RequestError on all ranks after the same layer."""
         self.is_due()
         earlier = self._under_way
-        self._under_way = self._comm.agree(self._word, src=OWNER, layer=layer)
+        self._under_way = self._comm.agree(self._word, src=OWNER)
         if earlier is not None and earlier.wait():
             self.settle()
 

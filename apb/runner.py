@@ -154,7 +154,7 @@ class RequestRunner:
     def _after_layer(self, layer_idx: int) -> None:
         self._progress.advance()
         self._pulse.reach(layer_idx + 1)
-        self._interrupt.between_layers(layer_idx)
+        self._interrupt.between_layers()
 
     def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:
         """Check and plan a request on all ranks, and load the model where that is still to do."""

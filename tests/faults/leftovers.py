@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -52,6 +53,7 @@ class Leftovers(NamedTuple):
 
 def left_since(before: Leftovers) -> list[str]:
     """What is still left over after a moment."""
+    gc.collect()  # an exception keeps the frames that it went through
     deadline = time.monotonic() + _SETTLE_S
     while (found := Leftovers.now().since(before)) and time.monotonic() < deadline:
         time.sleep(0.1)

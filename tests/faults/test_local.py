@@ -36,6 +36,13 @@ def ask(llm: LLM) -> list[int]:
     return llm.ask(DOCUMENT, "Who kept bees?", PARAMS).token_ids
 
 
+def lost(llm: LLM) -> EngineDeadError:
+    """What a question fails with, without the frames it went through."""
+    with pytest.raises(EngineDeadError) as raised:
+        ask(llm)
+    return raised.value.with_traceback(None)
+
+
 @pytest.fixture(scope="module")
 def expected(_forked: None) -> list[int]:
     """The answer without a fault, which also starts the server that ranks fork from."""
@@ -62,11 +69,9 @@ def test_a_fault_is_named_and_the_next_request_is_answered(
             with pytest.raises(RequestError, match=scenario.words):
                 ask(llm)
         else:
-            with pytest.raises(EngineDeadError) as lost:
-                ask(llm)
-            named_s = time.monotonic() - begin
-            check_blame(lost.value, scenario)
-            assert named_s < scenario.budget_s + NAMED_WITHIN_S
+            error = lost(llm)
+            assert time.monotonic() - begin < scenario.budget_s + NAMED_WITHIN_S
+            check_blame(error, scenario)
         begin = time.monotonic()
         assert ask(llm) == expected
         assert time.monotonic() - begin < BACK_WITHIN_S
@@ -81,7 +86,7 @@ def check_blame(error: EngineDeadError, scenario: Scenario) -> None:
     assert scenario.words in failure.reason
     assert "\n" not in str(error)
     if scenario.kind == "hang":
-        assert "faults.py" in failure.stack, "the stack shows where the rank hangs"
+        assert "apb/faults.py" in failure.stack, "the stack shows where the rank hangs"
     if scenario.kind in ("kill", "exit0"):
         assert failure.exit_code == (-9 if scenario.kind == "kill" else 0)
 
@@ -94,8 +99,7 @@ def test_with_on_failure_stop_all_later_requests_fail_at_once(
     monkeypatch.setenv("APB_FAULTS", "rank=1,stage=prefill,kind=kill")
     llm = LLM.from_overrides(["model=tiny", "world_size=2", "on_failure=stop", *OVERRIDES])
     for _ in range(3):
-        with pytest.raises(EngineDeadError, match=r"rank 1 .* was killed by SIGKILL"):
-            ask(llm)
+        assert "rank 1 on" in str(lost(llm))
     assert left_since(before) == [], "also before it is closed"
     llm.close()
 
@@ -103,7 +107,7 @@ def test_with_on_failure_stop_all_later_requests_fail_at_once(
 def test_a_cancelled_and_an_overdue_prefill_leave_the_ranks_ready(
     expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = [f"rank={rank},stage=prefill,kind=slow,seconds=0.5" for rank in range(WORLD_SIZE)]
+    slow = [f"rank={rank},stage=prefill,kind=slow,seconds=0.15" for rank in range(WORLD_SIZE)]
     monkeypatch.setenv("APB_FAULTS", ";".join(slow))
     with open_llm() as llm:
         with pytest.raises(RequestError, match=r"longer than timeout_s=0\.1"):

@@ -16,6 +16,7 @@ import pytest
 from faults.leftovers import Leftovers, left_since
 from faults.scenarios import NAMED_WITHIN_S, OVERRIDES, SCENARIOS, TORCHRUN, WORLD_SIZE, Scenario
 
+pytestmark = pytest.mark.faults
 ASK = [
     *("-m", "apb.run", "+model=tiny", "prompt=text", "decode.max_tokens=6"),
     *("decode.ignore_eos=true", "prompt.query=Who kept bees?", "output=result.json"),
@@ -99,7 +100,6 @@ def test_a_fault_is_named_and_ends_the_run(
     assert left_since(before) == []
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("name", ["kill-prefill", "hang-prefill"])
 def test_torchrun_restarts_the_ranks_and_gets_the_answer(name: str, tmp_path: Path) -> None:
     assert torchrun(tmp_path, "").code == 0

@@ -83,7 +83,7 @@ def count_layers(comm: Communicator, due_at: int) -> int:
     interrupt = Interrupt(comm, timeout_s=due_at + 0.5, clock=lambda: float(layer))
     try:
         for layer in range(12):
-            interrupt.between_layers(layer)
+            interrupt.between_layers()
     except RequestError:
         return layer
     return -1
@@ -100,7 +100,7 @@ def time_out_while_decoding(comm: Communicator) -> list[str]:
     """The time passes with the first token."""
     now = 0.0
     interrupt = Interrupt(comm, timeout_s=1.0, clock=lambda: now)
-    interrupt.between_layers(0)
+    interrupt.between_layers()
     interrupt.settle()
     now = 2.0
     outcomes = [str(interrupt.is_due())]
