@@ -154,9 +154,7 @@ class FaultyCommunicator(Communicator):
         if payload and self._disarm("corrupt"):
             buffer_U[0] ^= 0xFF
         elif payload and tag.kind in _WITH_KV and self._disarm("nan"):
-            buffer_U[HEADER_BYTES:] = (
-                0xFF  # all bits set is NaN in every float format, scales included
-            )
+            buffer_U[HEADER_BYTES:] = 0xFF  # NaN in every float format
         return buffer_U
 
     def _disarm(self, kind: str) -> bool:

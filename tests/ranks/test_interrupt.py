@@ -78,14 +78,15 @@ def test_all_ranks_give_up_together_and_answer_the_next_request(
 
 
 def count_layers(comm: Communicator, due_at: int) -> int:
-    """Layers that a rank runs if the owner's time is up at one of them; ranks differ in pace."""
-    layer = 0
-    interrupt = Interrupt(comm, timeout_s=due_at + 0.5, clock=lambda: float(layer))
+    """The layer after which a rank gives up if the owner's time passes with the one before."""
+    done = 0
+    interrupt = Interrupt(comm, timeout_s=due_at + 0.5, clock=lambda: float(done))
     try:
-        for layer in range(12):
+        while done < 12:
             interrupt.between_layers()
+            done += 1
     except RequestError:
-        return layer
+        return done
     return -1
 
 
