@@ -42,16 +42,19 @@ class LocalSession(Session):
         self._processes = RankProcesses(world_size)
         self._watcher = Watcher(supervision)
         self._failure: EngineDeadError | None = None
-        self._busy, self._is_greeted, self._requests = False, False, 0
+        self._busy, self._requests = False, 0
+        self._greetings = 1
+        """Replies that precede those of the first call: the ranks have met, the model is loaded."""
         folder = self._processes.folder
         self._send({"overrides": list(overrides), "folder": folder, "restarts": restarts})
         if restarts:  # so that the model is there when somebody asks
             self._request("load")
+            self._greetings += 1
 
     def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
         if self._failure is not None:
             raise _again(self._failure)
-        self._await_greeting()
+        self._await_greetings()
         self._request(op, **arguments)
         finished, self._busy = False, True
         try:
@@ -84,22 +87,19 @@ class LocalSession(Session):
         if self._failure is None:
             self._failure = EngineDeadError("the engine was closed")
             self._send({"op": "exit"})
-            if self._is_greeted and not self._busy:
+            if not self._greetings and not self._busy:
                 self._processes.wait()
         self._processes.end()
 
-    def _await_greeting(self) -> None:
-        """The first replies: the ranks have met and, after a restart, loaded the model."""
+    def _await_greetings(self) -> None:
         self._watcher.forget()
-        if self._is_greeted:
-            return
         try:
-            for _ in range(1 + self._requests):
+            while self._greetings:
                 self._next_reply()
+                self._greetings -= 1
         except InputError as error:  # the ranks have ended with it
             self._end(EngineDeadError(str(error)))
             raise
-        self._is_greeted = True
 
     def _request(self, op: str, **arguments: Any) -> None:
         self._send({"op": op, "arguments": arguments})
