@@ -139,7 +139,8 @@ class LocalSession(Session):
 
     def _heard(self, rank: int) -> dict[str, Any] | None:
         encoded = self._processes.receive(rank)
-        return None if encoded is None else json.loads(encoded)
+        message: dict[str, Any] | None = None if encoded is None else json.loads(encoded)
+        return message
 
     def _look_for_stall(self) -> None:
         beats, now = self._processes.board.read(), time.monotonic()
