@@ -120,7 +120,7 @@ class Watcher:
         late = [rank for rank in working if self._is_late(rank, now)]
         if late:
             return self._stall(min(late, key=lambda rank: _position(beats[rank])), now)
-        if active and not working:
+        if active and not working and not _is_someone_away(beats):
             last = max(active, key=lambda rank: self._since[rank])
             if self._is_late(last, now):
                 return self._odd_one_out(active, now)
@@ -155,6 +155,12 @@ def _is_active(beat: Beat, request: int) -> bool:
     if beat.stage is Stage.IDLE:
         return beat.request < request
     return beat.stage is not Stage.LEFT
+
+
+def _is_someone_away(beats: Sequence[Beat]) -> bool:
+    """Whether a rank without a driver has still to make the call that the others are in."""
+    latest = max(beat.request for beat in beats)
+    return any(beat.stage is Stage.IDLE and beat.request < latest for beat in beats)
 
 
 def _position(beat: Beat) -> tuple[int, int, int]:

@@ -101,6 +101,11 @@ def test_an_idle_rank_counts_only_while_there_is_a_request_that_it_has_not_taken
     assert (stall.rank, stall.limit) == (1, "supervision.heartbeat_s=4")
 
 
+def test_without_a_driver_a_rank_may_take_its_time_between_requests() -> None:
+    beats = [waiting(0)._replace(request=2), working(0, stage=Stage.IDLE)]
+    assert stall_after(60, *beats, request=0) is None
+
+
 def test_a_rank_that_has_left_is_neither_blamed_nor_waited_for() -> None:
     assert stall_after(60, working(0, stage=Stage.LEFT), working(0, stage=Stage.IDLE)) is None
 
