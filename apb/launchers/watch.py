@@ -31,6 +31,8 @@ _SILENT_S = 2.0
 _UNWIND_S = 1.0
 """How long a rank's main thread has to raise the cause before the process ends."""
 
+_DONE = (Stage.IDLE, Stage.LEFT)
+
 
 class Store(Protocol):
     """What is used of torch.distributed's key-value store."""
@@ -136,16 +138,21 @@ class StoreWatch:
         return None if failure is None else self._agree(failure)
 
     def _lost(self, now: float) -> RankFailure | None:
-        """A rank whose process has ended, or from which nothing comes."""
+        """A rank whose process has ended, or from which nothing comes.
+
+        One that is between requests may have ended in order, and need not say anything unless
+        others are in a request.
+        """
         failed = self._has_failed.is_set()
+        active = any(sign.beat.stage not in _DONE for sign in self._signs)
         for rank, (_, host, beat) in enumerate(self._signs):
-            place = f"last heard of in {beat.place}"
-            if beat.stage is Stage.LEFT or (beat.stage is Stage.IDLE and not failed):
+            place, silent_s = f"last heard of in {beat.place}", now - self._heard_at[rank]
+            if beat.stage is Stage.LEFT:
                 continue
-            silent_s = now - self._heard_at[rank]
-            if host == self._host and _is_gone(beat.pid):
+            watched = host == self._host and (failed or beat.stage is not Stage.IDLE)
+            if watched and _is_gone(beat.pid):
                 return RankFailure(rank, host, place, "ended without a word")
-            if silent_s > (_SILENT_S if failed else self._config.heartbeat_s):
+            if active and silent_s > (_SILENT_S if failed else self._config.heartbeat_s):
                 reason = f"has not been heard of for {silent_s:.1f} s"
                 return RankFailure(rank, host, place, reason)
         return None
@@ -166,8 +173,7 @@ class StoreWatch:
 
     def _without_store(self) -> RankFailure | None:
         """What the loss of the store means: nothing once its keeper or this rank is done."""
-        done = (Stage.IDLE, Stage.LEFT)
-        if self._pulse.beat.stage in done or self._signs[0].beat.stage in done:
+        if self._pulse.beat.stage in _DONE or self._signs[0].beat.stage in _DONE:
             self._stopping.set()
             return None
         place = self._pulse.beat.place
