@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo model test faults lint format wheel clean
+.PHONY: help demo model test faults long lint format wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -19,6 +19,9 @@ test: model ## run every test
 
 faults: $(READY) ## kill, hang and spoil ranks in every stage, 5 minutes
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults"
+
+long: model ## run the tests that take too long for every day
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,6 +59,8 @@ def cheapest_lengths(load: RankLoad, num_tokens: int) -> list[int]:
     if not blocks:
         assert spare == 0, "tokens for a rank without a block"
         return []
+    if len(blocks) == 1:
+        return [num_tokens]
     rising, held = 0, 0  # blocks that the level has reached, and what they hold beyond min_len
     level = blocks[0].upstream + blocks[0].min_len
     for block in blocks:
@@ -97,7 +100,8 @@ def balance(num_tokens: int, loads: Sequence[RankLoad], unit: UnitCosts) -> list
         """The most tokens that the rank takes within the bound, or the fewest that it can."""
         if not load.blocks or cost(load, load.min_tokens) > bound:
             return load.min_tokens
-        return _last(load.min_tokens, num_tokens, lambda count: cost(load, count) <= bound)
+        near = _tokens_within(load, bound, unit)
+        return _last(load.min_tokens, num_tokens, lambda count: cost(load, count) <= bound, near)
 
     highest = max(cost(load, num_tokens) for load in loads if load.blocks)
     bound = highest - _last(
@@ -113,8 +117,32 @@ def balance(num_tokens: int, loads: Sequence[RankLoad], unit: UnitCosts) -> list
     return [cheapest_lengths(load, count) for load, count in zip(loads, counts, strict=True)]
 
 
-def _last(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest value from `low` to `high` for which a predicate holds that holds at `low`."""
+def _tokens_within(load: RankLoad, bound: int, unit: UnitCosts) -> int:
+    """About how many tokens a rank takes within the bound: exactly so many with a single block."""
+    blocks = len(load.blocks)
+    upstream = sum(block.upstream for block in load.blocks) / blocks
+    # Equal shares x of all blocks: pair / 2 * x^2 + (row + pair * (upstream + 1 / 2)) * x = spare.
+    linear = unit.row + unit.pair * (upstream + 0.5)
+    spare = max(0, bound - load.linear - load.attention) / blocks
+    each = (math.sqrt(linear * linear + 2 * unit.pair * spare) - linear) / unit.pair
+    return int(blocks * each)
+
+
+def _last(low: int, high: int, holds: Callable[[int], bool], near: int | None = None) -> int:
+    """The largest value from `low` to `high` for which a predicate holds that holds at `low`.
+
+    It is looked for around `near` first, in steps that double.
+    """
+    if near is not None:
+        value, step = min(max(near, low), high), 1
+        if holds(value):
+            while value < high and holds(min(high, value + step)):
+                value, step = min(high, value + step), 2 * step
+            low, high = value, min(high, value + step)
+        else:
+            while not holds(max(low, value - step)):
+                value, step = value - step, 2 * step
+            low, high = max(low, value - step), value - 1
     while low < high:
         middle = (low + high + 1) // 2
         if holds(middle):

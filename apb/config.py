@@ -35,6 +35,7 @@ APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = (
     *("prompt.document", "prompt.query", "model.path", "model.drafting", "output"),
+    "method.layer_budgets",
     *("drafter.head", "drafter.vocabulary", "drafter.model"),
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
@@ -226,6 +227,13 @@ def _own_hydra() -> Iterator[None]:
             yield
     finally:
         GlobalHydra.instance().hydra = theirs
+
+
+def named_model(name: str) -> ModelConfig:
+    """The model of that name in `conf/model/`, or else the one whose place the name is."""
+    if name in model_names():
+        return compose_config([f"model={name}"]).model
+    return ModelConfig(name=name, path=name)
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -33,6 +33,16 @@ class ModelShape(NamedTuple):
         return self.hidden_size * (attention + 3 * self.intermediate_size)
 
     @property
+    def activation_elements(self) -> int:
+        """What one row of a layer reads and writes between the linear maps, kernel by kernel.
+
+        Two norms in fp32 and two additions to the residual stream make 22 passes over it, RoPE 6
+        over queries and keys, and the gated activation 5 over the MLP's inner width.
+        """
+        heads = (self.num_heads + self.num_kv_heads) * self.head_dim
+        return 22 * self.hidden_size + 6 * heads + 5 * self.intermediate_size
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the model, input and output embeddings counted apart."""
         embeddings = 2 * self.vocab_size * self.hidden_size
@@ -98,6 +108,8 @@ class Workload(NamedTuple):
     """Elements that arrive from other ranks."""
     messages: int = 0
     """Exchanges that have to be waited for one after the other."""
+    overlaps: bool = True
+    """Whether they run while attention does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +123,10 @@ class CostModel:
 
     @property
     def row_cost(self) -> int:
-        """Femtoseconds of one row in one layer."""
-        return max(1, round(2 * self.shape.linear_parameters / self.rates.linear_flops * _FEMTO))
+        """Femtoseconds of one row in one layer: its linear maps, and what lies between them."""
+        linear_s = 2 * self.shape.linear_parameters / self.rates.linear_flops
+        between_s = self.shape.activation_elements * self.itemsize / self.rates.memory_bytes
+        return max(1, round((linear_s + between_s) * _FEMTO))
 
     @property
     def pair_cost(self) -> int:
@@ -126,16 +140,14 @@ class CostModel:
         return round(self.shape.kv_elements * self.itemsize / self.rates.link_bytes * _FEMTO)
 
     def layer_s(self, work: Workload) -> float:
-        """One rank's layer: linear maps and attention, and what attention cannot hide of the wire.
-
-        Exchanges run while attention does, so that only the longer of the two counts.
-        """
+        """One rank: linear maps and attention, and what attention cannot hide of the wire."""
         attention_s = 4 * self.shape.head_dim * work.head_pairs / self.rates.attention_flops
         wire_s = (
             work.received * self.itemsize / self.rates.link_bytes
             + work.messages * self.rates.latency_s
         )
-        return work.rows * self.row_cost / _FEMTO + max(attention_s, wire_s)
+        both_s = max(attention_s, wire_s) if work.overlaps else attention_s + wire_s
+        return work.rows * self.row_cost / _FEMTO + both_s
 
     def prefill_s(self, works: Sequence[Workload]) -> float:
         """All layers on the slowest rank."""
@@ -153,14 +165,14 @@ class CostModel:
         """Predicted peak of one rank: weights, its share of the cache, one layer's activations.
 
         Activations peak where received segments are merged: hidden states and residual, q, k, v,
-        the local result and two fp32 copies of it. MLPs run on `chunk_len` rows at once. What is
-        received exists twice, as a message and unpacked.
+        the local result and two fp32 copies of it. MLPs run on `chunk_len` rows at once. What one
+        exchange brings exists twice, as a message and unpacked.
         """
         shape, size = self.shape, self.itemsize
         heads = shape.num_heads * shape.head_dim
         row = (2 * shape.hidden_size + 2 * heads + shape.kv_elements) * size + 2 * heads * 4
         chunk = 3 * shape.intermediate_size * size * min(chunk_len, work.rows)
-        received = 2 * work.received * size
+        received = 2 * work.received * size // max(1, work.messages)
         return self.weight_bytes + self.kv_bytes(cached_tokens) + work.rows * row + chunk + received
 
     def step_s(self, shard_tokens: int, *, world_size: int) -> float:

@@ -47,6 +47,13 @@ class RequestError(ApbError):
 class NotFiniteError(RequestError):
     """Logits came out as NaN or infinite; `RequestError` to callers."""
 
+    @classmethod
+    def at(cls, position: int) -> NotFiniteError:
+        return cls(
+            f"the logits at position {position} are not finite: the model overflowed, so try "
+            "dtype=float32 or check its weights"
+        )
+
 
 class EngineDeadError(ApbError):
     """The ranks are gone: the message is the first cause, and `failure` its parts if known."""

@@ -1,7 +1,7 @@
-"""Tokens after a prefill: read the query, then step by step a tree of drafts, or score given ones.
+"""Tokens after a prefill: read the query, then step by step a tree of drafts.
 
 Rank 0, the owner, drafts, chooses and tells the others: with every step where all ranks decode
-together, or once at the end where the cache was handed over and only the owner works.
+together, or every few seconds where the cache was handed over and only the owner works.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from apb.comm import Kind, Tag
@@ -27,9 +26,9 @@ from apb.speculate.speculator import Speculator
 from apb.speculate.tree import DraftTree
 from apb.speculate.verify import Walk, accept
 
-_LOGIT_ROWS = 256
-"""Rows whose logits are held at once when scoring: 256 rows of 128K logits are 128 MiB."""
-_AT_THE_END = Tag(0, 0, Kind.CONTROL)
+_FROM_OWNER = Tag(0, 0, Kind.CONTROL)
+_INSTALMENT_S = 5.0
+"""How long the others wait at most for the next tokens of an owner that works alone."""
 
 
 class Verdict(IntEnum):
@@ -128,26 +127,33 @@ def generate(
 
 
 def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
-    """The owner's steps; the others get them at the end, also of an answer given up."""
-    done: list[Step] = []
-    failure = None
+    """The owner's steps; the others get them now and then, lest a collective that waits for the
+    end of a long answer time out, and at the end, also of an answer given up.
+    """
+    untold: list[Step] = []
+    failure, told_at = None, time.monotonic()
     try:
         for step in steps:
-            done.append(step)
+            untold.append(step)
             yield step
+            if time.monotonic() - told_at > _INSTALMENT_S:
+                engine.comm.all_gather_json({"steps": untold}, _FROM_OWNER)
+                untold, told_at = [], time.monotonic()
     except NotFiniteError as error:
         failure = str(error)
         raise
     finally:
         state = [engine.step, engine.next_position]
-        told = {"state": state, "steps": done, "failure": failure}
-        engine.comm.all_gather_json(told, _AT_THE_END)
+        told = {"steps": untold, "state": state, "failure": failure}
+        engine.comm.all_gather_json(told, _FROM_OWNER)
 
 
 def _told_by_owner(engine: Engine) -> Iterator[Step]:
-    told = engine.comm.all_gather_json(None, _AT_THE_END)[OWNER]
+    told: dict[str, Any] = {}
+    while "state" not in told:
+        told = engine.comm.all_gather_json(None, _FROM_OWNER)[OWNER]
+        yield from (Step(*step) for step in told["steps"])
     engine.step, engine.next_position = told["state"]
-    yield from (Step(*step) for step in told["steps"])
     if told["failure"] is not None:
         raise NotFiniteError(told["failure"])
 
@@ -191,7 +197,7 @@ def _emitted(outcome: Outcome, position: int) -> Iterator[Step]:
     """The tokens of a forward pass from a position on; the last one says why it is the last."""
     if outcome.verdict is Verdict.NOT_FINITE:
         yield from (Step(token_id, None) for token_id in outcome.token_ids)
-        raise NotFiniteError(_not_finite(position + len(outcome.token_ids)))
+        raise NotFiniteError.at(position + len(outcome.token_ids))
     *earlier, last = outcome.token_ids
     yield from (Step(token_id, None) for token_id in earlier)
     ends = outcome.verdict is not Verdict.CONTINUE
@@ -265,36 +271,3 @@ class _Writer:
             # No larger than what is left: the cache has no room for more.
             tree = self._speculator.propose(outcome.token_ids[-1], room=self._left)
         return outcome._replace(tree=tree)
-
-
-def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -> list[float]:
-    """Log-probability of ``targets[i]`` after ``token_ids[i]``; `prefill` has run with room.
-
-    Raises:
-        NotFiniteError: the logits are not finite, on every rank.
-    """
-    hidden_TM = engine.extend(token_ids)
-    values: list[float] = []
-    finite = True
-    if engine.is_owner:
-        targets_T = torch.tensor(targets, dtype=torch.int64, device=hidden_TM.device)
-        for rows_TM, wanted_T in zip(
-            hidden_TM.split(_LOGIT_ROWS), targets_T.split(_LOGIT_ROWS), strict=True
-        ):
-            logits_TV = engine.model.logits(rows_TM)
-            finite = finite and bool(logits_TV.isfinite().all())
-            chosen_T = logits_TV.log_softmax(dim=-1).gather(1, wanted_T[:, None])[:, 0]
-            values += chosen_T.tolist()
-    tag = Tag(engine.step, 0, Kind.CONTROL)
-    found = engine.comm.all_gather_json(values if finite else None, tag)[OWNER]
-    if found is None:
-        raise NotFiniteError(_not_finite(engine.next_position - 1))
-    result: list[float] = found
-    return result
-
-
-def _not_finite(position: int) -> str:
-    return (
-        f"the logits at position {position} are not finite: the model overflowed, so try "
-        "dtype=float32 or check its weights"
-    )

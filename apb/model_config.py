@@ -55,6 +55,12 @@ class ModelConfig:
     shape: dict[str, int] | None = None
 
     @property
+    def shipped_folder(self) -> Path | None:
+        """The weights that apb ships for the model of this name, where there are any."""
+        folder = shipped_weights() / self.name
+        return folder if folder.is_dir() else None
+
+    @property
     def drafting_folder(self) -> Path | None:
         """Where that is.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_ROWS = 64
@@ -67,8 +69,15 @@ def pack_linears(model: nn.Module) -> bool:
     if not can_pack([layer.weight for layer in layers]):
         return False
     for layer in layers:
-        layer.forward = _FewRows(layer)  # type: ignore[assignment]
+        plain = layer.forward
+        layer.forward = _FewRows(plain, layer.weight, layer.bias)  # type: ignore[assignment]
     return True
+
+
+def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The linear map of a weight, packed for few rows where `can_pack` says so."""
+    plain = partial(F.linear, weight=weight, bias=bias)
+    return _FewRows(plain, weight, bias) if can_pack([weight]) else plain
 
 
 def _available_bytes() -> int:
@@ -82,10 +91,12 @@ def _available_bytes() -> int:
 
 
 class _FewRows:
-    """A linear layer's `forward`."""
+    """A linear map that packs its weight when it first meets few rows."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self._plain, self._weight, self._bias = layer.forward, layer.weight, layer.bias
+    def __init__(
+        self, plain: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor | None
+    ) -> None:
+        self._plain, self._weight, self._bias = plain, weight, bias
         self._packed: PackedLinear | None = None
 
     def __call__(self, x: Tensor) -> Tensor:

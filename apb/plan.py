@@ -1,79 +1,134 @@
-"""`python -m apb.plan +model=NAME context_len=N [world_size=R] [any other setting]`
+"""`python -m apb.plan +model=NAME [context_len=N] [world_size=R] [hardware=NAME] [any setting]`
 
-What a prefill would take on every rank, before any rank runs: rows, cache, peak memory and
-predicted seconds. No weights are read and, for the named models, nothing is downloaded.
+What a document would take, before any rank runs: seconds, bytes and memory of every method, on
+which settings it fits, and from which length `apb` pays. No weights are read and, for the named
+models, nothing is downloaded.
+
+context_len=N      a document's tokens: all methods, and every rank of the one that is set; without
+                   it, lengths from 8K to 10M and ranks from 1 to 1024
+hardware=NAME      instead of this machine's rates: a100, a800, h100, h200, b200 or cpu
+gpus_per_node=G    ranks beyond G are on other nodes (8)
+link=BYTES         a rank receives per second between nodes, instead of the hardware's network
+plot=FILE.svg      seconds to the first token against length
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from apb.arguments import whole_number
 from apb.calibration import known_rates
 from apb.config import RunConfig, compose_config, plugin_name
 from apb.cost import CostModel, ModelShape
 from apb.errors import ApbError, InputError
+from apb.estimate import Estimate
+from apb.hardware import HARDWARE
 from apb.hf.model import choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.methods.base import AttentionMethod
-from apb.methods.plan import PlanRequest, PrefillPlan
+from apb.methods.plan import PlanRequest
+from apb.plan_report import EXACT, Outlook, document_lines, overview_lines, plot_outlook
+from apb.plugins import PLUGINS
 from apb.worker import choose_device
 
 _QUERY_LEN = 32
 """Tokens of a question with its template, as an example."""
+_WORDS = ("context_len", "hardware", "gpus_per_node", "link", "plot")
 
 
-def plan_table(config: RunConfig, context_len: int) -> list[str]:
-    """Lines of plain text, one row per rank.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is asked for beside the configuration."""
 
-    Raises:
-        InputError: the settings do not fit, or the model's shape is not known.
-    """
-    device = choose_device(config.device, 0)
-    dtype = choose_dtype(config.dtype, device)
-    world_size = config.world_size or 1
-    costs = CostModel(
-        shape=_shape(config), rates=known_rates(device, dtype), itemsize=dtype.itemsize
-    )
-    method = config.method.build(seed=config.seed)
-    plan = method.plan(
-        PlanRequest(
+    context_len: int | None = None
+    hardware: str | None = None
+    gpus_per_node: int | None = None
+    link: int | None = None
+    plot: Path | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, str]) -> Options:
+        """Raises InputError for what is no number, or unknown hardware."""
+        numbers = {
+            key: whole_number(key, value)
+            for key, value in values.items()
+            if key not in ("hardware", "plot")
+        }
+        hardware = values.get("hardware")
+        if hardware is not None and hardware not in HARDWARE:
+            raise InputError(f"hardware={hardware} must be one of {', '.join(HARDWARE)}")
+        if hardware is None and {"gpus_per_node", "link"} & set(numbers):
+            raise InputError("gpus_per_node= and link= change named hardware: add hardware=NAME")
+        plot = Path(values["plot"]) if "plot" in values else None
+        if plot is not None and plot.suffix != ".svg":
+            raise InputError(f"plot={plot} must end in .svg")
+        return cls(hardware=hardware, plot=plot, **numbers)
+
+
+class Prospects(Outlook):
+    """Estimates of a configuration's methods."""
+
+    def __init__(self, overrides: Sequence[str], options: Options) -> None:
+        """Raises InputError where the settings do not fit, or the model's shape is not known."""
+        config = compose_config(overrides)
+        self.config, self._options = config, options
+        device = choose_device(config.device, 0)
+        named = options.hardware not in (None, "cpu")
+        self.dtype = (
+            torch.bfloat16
+            if named and config.dtype == "auto"
+            else choose_dtype(config.dtype, device)
+        )
+        self.shape = _shape(config)
+        self.chosen = plugin_name("method", config.method)
+        others = [word for word in overrides if not word.lstrip("+").startswith("method")]
+        self.methods: dict[str, AttentionMethod] = {}
+        for name in dict.fromkeys((*EXACT, "star", "apb", self.chosen)):
+            settings = config.method
+            if name in EXACT and name != self.chosen:
+                settings = PLUGINS["method"][name]()
+            elif name != self.chosen:
+                settings = compose_config([*others, f"method={name}"]).method
+            self.methods[name] = settings.build(seed=config.seed)
+
+    def costs(self, world_size: int) -> CostModel:
+        options = self._options
+        if options.hardware is None:
+            rates = known_rates(choose_device(self.config.device, 0), self.dtype)
+        else:
+            hardware = HARDWARE[options.hardware]
+            if options.gpus_per_node is not None:
+                hardware = replace(hardware, gpus_per_node=options.gpus_per_node)
+            if options.link is not None:
+                hardware = replace(hardware, net_link=float(options.link))
+            rates = hardware.rates(options.hardware, world_size)
+        return CostModel(shape=self.shape, rates=rates, itemsize=self.dtype.itemsize)
+
+    @property
+    def memory(self) -> float | None:
+        hardware = self._options.hardware
+        return None if hardware is None else HARDWARE[hardware].memory
+
+    def request(self, context_len: int, world_size: int) -> PlanRequest:
+        return PlanRequest(
             context_len=context_len,
             query_len=_QUERY_LEN,
             world_size=world_size,
-            num_blocks=config.num_blocks,
-            costs=costs,
+            num_blocks=self.config.num_blocks,
+            costs=self.costs(world_size),
         )
-    )
-    name = plan.method or plugin_name("method", config.method)
-    return [
-        f"{config.model.name}, {context_len} tokens, {name}, {len(plan.layout.blocks)} blocks on "
-        f"{world_size} ranks, {str(dtype).removeprefix('torch.')}",
-        f"weights {_gib(costs.weight_bytes)}, KV {_gib(costs.kv_bytes(context_len))} in all",
-        f"rates: {costs.rates.source}",
-        "",
-        "rank        rows      cached    received  peak memory   prefill",
-        *_rank_lines(config, method, plan, costs),
-        *(f"note: {note}" for note in plan.notes),
-    ]
 
-
-def _rank_lines(
-    config: RunConfig, method: AttentionMethod, plan: PrefillPlan, costs: CostModel
-) -> list[str]:
-    lines = []
-    for rank in range(plan.layout.world_size):
-        work = method.workload(plan, costs.shape, rank)
-        cached = plan.layout.tokens_on(rank)
-        peak = costs.prefill_bytes(work, cached_tokens=cached, chunk_len=config.runtime.chunk_len)
-        received = work.received * costs.itemsize * costs.shape.num_layers
-        lines.append(
-            f"{rank:>4}  {work.rows:>10}  {cached:>10}  {_gib(received):>10}  {_gib(peak):>11}  "
-            f"{costs.prefill_s([work]):>8.2f} s"
-        )
-    return lines
+    def estimate(self, name: str, context_len: int, world_size: int) -> Estimate:
+        request = self.request(context_len, world_size)
+        if name != self.chosen:
+            request = replace(request, num_blocks=None)
+        method: AttentionMethod = self.methods[name]
+        return Estimate.of(method, request, chunk_len=self.config.runtime.chunk_len)
 
 
 def _shape(config: RunConfig) -> ModelShape:
@@ -87,8 +142,23 @@ def _shape(config: RunConfig) -> ModelShape:
         raise InputError(f"model.shape needs exactly the fields {fields}") from error
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
+def plan_lines(overrides: Sequence[str], options: Options) -> list[str]:
+    """Lines of plain text.
+
+    Raises:
+        InputError: the settings do not fit, or the model's shape is not known.
+    """
+    prospects = Prospects(overrides, options)
+    given = prospects.config.world_size
+    world_size = given or (1 if options.hardware is None else 8)
+    lines = (
+        overview_lines(prospects, world_size)
+        if options.context_len is None
+        else document_lines(prospects, options.context_len, world_size)
+    )
+    if options.plot is not None:
+        lines.append(f"plot in {plot_outlook(prospects, world_size, options.plot)}")
+    return lines
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -97,20 +167,19 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)  # noqa: T201
         return 0
     try:
-        lengths = [word for word in arguments if word.startswith("context_len=")]
-        overrides = [word for word in arguments if word not in lengths]
-        print("\n".join(plan_table(compose_config(overrides), _length(lengths))))  # noqa: T201
+        values: dict[str, str] = {}
+        overrides = []
+        for argument in arguments:
+            key, equals, value = argument.partition("=")
+            if equals and key in _WORDS:
+                values[key] = value
+            else:
+                overrides.append(argument)
+        print("\n".join(plan_lines(overrides, Options.of(values))))  # noqa: T201
     except ApbError as error:
         print(f"apb.plan: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     return 0
-
-
-def _length(words: Sequence[str]) -> int:
-    value = words[-1].partition("=")[2] if words else ""
-    if not value.isdecimal() or int(value) < 1:
-        raise InputError("context_len=N is needed, a number of tokens from 1")
-    return int(value)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +12,30 @@ from apb.calibration import known_rates
 from apb.comm import Communicator
 from apb.config import RunConfig, plugin_name
 from apb.cost import CostModel, ModelShape, Rates
+from apb.engine import Engine
 from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement, choose_placement
-from apb.methods.plan import PlanRequest, PrefillPlan
+from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
 from apb.methods.zigzag import ZigzagConfig
 from apb.metrics import free_memory
+from apb.output import LayerFinding
 from apb.prompts.base import PromptTokens
+
+
+class Ready(NamedTuple):
+    """A request that every rank has checked, with the engine to run it."""
+
+    engine: Engine
+    plan: PrefillPlan
+    placement: Placement
+    prepared_s: float
+    """How long the checks took; loading is not among them."""
+    findings: list[LayerFinding]
+    """Of the audit, once the prefill has run."""
+    rows: RankRows | None = None
+    """What this rank has run, then."""
 
 
 class Planner:

@@ -1,6 +1,7 @@
 """The table of plug-ins: what a configuration can name.
 
-To add one: a file with its class and config, a line here, a YAML file in `conf/`.
+To add one: a file with its class and config, a line here (a compressor: in `apb.compress.table`,
+so that it can be fused with others), a YAML file in `conf/`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from apb.attention.flash import FlashConfig
 from apb.attention.fused import FusedConfig
 from apb.attention.reference import ReferenceConfig
 from apb.attention.sdpa import SdpaConfig
-from apb.compress.knorm import KnormConfig
-from apb.compress.query import QueryConfig
-from apb.compress.random import RandomConfig
-from apb.compress.window import WindowConfig
+from apb.compress.fusion import FusionConfig
+from apb.compress.table import COMPRESSORS
 from apb.methods.apb import ApbConfig
 from apb.methods.auto import AutoConfig
 from apb.methods.full import FullConfig
@@ -45,12 +44,7 @@ PLUGINS: Mapping[str, Mapping[str, type]] = {
         "full": FullConfig,
         "auto": AutoConfig,
     },
-    "method/compressor": {
-        "query": QueryConfig,
-        "window": WindowConfig,
-        "knorm": KnormConfig,
-        "random": RandomConfig,
-    },
+    "method/compressor": {**COMPRESSORS, "fusion": FusionConfig},
     "backend": {
         "auto": AutoBackendConfig,
         "fused": FusedConfig,

@@ -10,49 +10,35 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from apb.agreement import together
 from apb.attention.base import AttentionTarget
 from apb.comm import Communicator
-from apb.config import RunConfig, plugin_name
+from apb.config import RunConfig, named_model, plugin_name
 from apb.engine import Engine
 from apb.errors import InputError, NotFiniteError, RequestError
-from apb.generation import Step, generate, logprobs
+from apb.generation import Step, generate
 from apb.heartbeat import Pulse, Stage
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import stop_ids
 from apb.interrupt import Interrupt
 from apb.methods.decode import OWNER
-from apb.methods.placement import Placement
-from apb.methods.plan import PrefillPlan, RankRows
-from apb.output import LayerFinding, RequestOutput
-from apb.planning import Planner
+from apb.output import RequestOutput
+from apb.planning import Planner, Ready
 from apb.progress import Progress
 from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Given, Question, RequestReader
+from apb.scoring import logprobs
 from apb.speculate.speculator import Speculator
 
 Reply = dict[str, Any]
 R = TypeVar("R", Question, Continuation)
-
-
-class _Ready(NamedTuple):
-    """A request that every rank has checked, with the engine to run it."""
-
-    engine: Engine
-    plan: PrefillPlan
-    placement: Placement
-    prepared_s: float
-    """How long the checks took; loading is not among them."""
-    findings: list[LayerFinding]
-    """Of the audit, once the prefill has run."""
-    rows: RankRows | None = None
-    """What this rank has run, then."""
 
 
 class RequestRunner:
@@ -62,7 +48,7 @@ class RequestRunner:
         """Read configuration and tokenizer. `pulse` is told what the rank is busy with.
 
         Raises:
-            InputError: the model is not there or not supported.
+            InputError: the model is not there or not supported, or does not fit the compressor.
         """
         self._config, self._comm, self._pulse = config, comm, pulse or Pulse()
         self._interrupt = Interrupt(comm)
@@ -72,6 +58,9 @@ class RequestRunner:
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
         self._method = config.method.build(seed=config.seed)
+        self._method.attach(
+            compressor_target(config.model, self._hf_config, device=comm.device, dtype=self._dtype)
+        )
         shape = model_shape(self._hf_config)
         self._backend = config.backend.build(
             AttentionTarget(comm.device, self._dtype, shape.head_dim)
@@ -146,7 +135,11 @@ class RequestRunner:
             )
             if self.is_owner:
                 target = HfTarget(
-                    model, self._reader.tokenizer, self._eos_ids, self._config.model.drafting_folder
+                    model,
+                    self._reader.tokenizer,
+                    self._eos_ids,
+                    self._config.model.drafting_folder,
+                    named_model,
                 )
                 self._speculator = Speculator(self._config.drafter, target)
         return self._engine
@@ -156,11 +149,11 @@ class RequestRunner:
         self._pulse.reach(layer_idx + 1)
         self._interrupt.between_layers()
 
-    def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:
+    def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, Ready]:
         """Check and plan a request on all ranks, and load the model where that is still to do."""
         self._planner.agree_on_costs()
 
-        def prepare() -> tuple[R, _Ready]:
+        def prepare() -> tuple[R, Ready]:
             begin = time.perf_counter()
             request = read()
             plan = self._planner.plan(request.prompt)
@@ -168,7 +161,7 @@ class RequestRunner:
                 plan, room=request.room, weights_loaded=self._engine is not None
             )
             prepared_s = time.perf_counter() - begin
-            return request, _Ready(self._load(), plan, placement, prepared_s, [])
+            return request, Ready(self._load(), plan, placement, prepared_s, [])
 
         request, ready = together(self._comm, arguments, prepare)
         placement = self._planner.agree_on_placement(ready.placement)
@@ -200,7 +193,7 @@ class RequestRunner:
             ready.engine.release()
         yield {"result": output.to_json()}
 
-    def _read(self, request: Question | Continuation, ready: _Ready) -> _Ready:
+    def _read(self, request: Question | Continuation, ready: Ready) -> Ready:
         """Prefill; once more and exactly where the audit finds too large an error."""
         prefill = partial(
             ready.engine.prefill, request.prompt, room=request.room, placement=ready.placement
@@ -227,7 +220,7 @@ class RequestRunner:
         return ready._replace(findings=findings, plan=plan, rows=rows)
 
     def _answer(
-        self, request: Question, ready: _Ready, meter: RequestMeter
+        self, request: Question, ready: Ready, meter: RequestMeter
     ) -> Generator[Reply, None, RequestOutput]:
         """Decode after a prefill: yields the pieces of the text, returns the whole."""
         sampling = request.sampling

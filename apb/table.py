@@ -18,6 +18,8 @@ def timing_table(metrics: RequestMetrics) -> list[str]:
         f"generated {metrics.generated_tokens}",
         f"prefill {metrics.prefill_s:.2f} s   TTFT {metrics.ttft_s:.2f} s   "
         f"decode {metrics.tokens_per_s:.1f} tokens/s ({ms_per_token:.0f} ms per token)",
+        f"drafter {metrics.drafter}, "
+        f"acceptance length {metrics.acceptance_length:.2f} tokens a step",
         *_audit(metrics.audit),
         "",
         "rank  tokens run    cached    received  peak memory  blocks",

@@ -19,8 +19,8 @@ from apb import LLM, SamplingParams
 from apb.config import compose_config
 from apb.errors import ApbError
 from apb.hf.model import DTYPES, load_config
+from apb.plot import plot_lines
 from benchmarks.environment import REPORTS, Environment
-from benchmarks.plot import plot_lines
 from benchmarks.report import Spread, print_report, report_stem, table, write_report
 
 EXACT: Mapping[str, tuple[str, ...]] = {

@@ -12,8 +12,10 @@ import torch
 
 from apb.attention.base import AttentionBackend
 from apb.comm import Communicator
+from apb.compress.base import CompressorTarget
 from apb.config import compose_config
 from apb.engine import Engine
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import DTYPES, CausalLM
 from apb.methods.base import AttentionMethod
 from apb.methods.plan import PlanRequest, PrefillPlan
@@ -130,13 +132,24 @@ class Bench:
             "head_dim": shape.head_dim,
             "vocab_size": _VOCAB,
         }
+        self._model_config = ModelConfig(name=scene.model, architecture=architecture)
         self._model = CausalLM.load(
-            ModelConfig(name=scene.model, architecture=architecture),
+            self._model_config,
             dtype=DTYPES[scene.dtype],
             device=self._device,
             chunk_len=compose_config(["model=tiny", *scene.overrides]).runtime.chunk_len,
         )
         self.messages: Messages = {}
+
+    @property
+    def target(self) -> CompressorTarget:
+        """The model as compressors see it."""
+        return compressor_target(
+            self._model_config,
+            self._model.hf.config,
+            device=self._device,
+            dtype=self._model.dtype,
+        )
 
     def case(self, variant: Variant, context_len: int) -> Case:
         """The variant's plan, for random tokens.
@@ -152,6 +165,7 @@ class Bench:
             tuple(rng.choices(range(_VOCAB), k=scene.question_len)),
         )
         method = config.method.build(seed=config.seed)
+        method.attach(self.target)
         plan = method.plan(
             PlanRequest.of(
                 prompt, world_size=scene.ranks, num_blocks=config.num_blocks, costs=scene.costs

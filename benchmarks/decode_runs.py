@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from apb.comm import Communicator
-from apb.config import compose_config
+from apb.config import compose_config, named_model
 from apb.cost import NOMINAL_CPU, CostModel
 from apb.engine import Engine
 from apb.generation import generate
@@ -62,7 +62,9 @@ class ApbLab:
         self.model = CausalLM.load(config.model, dtype=DTYPES[dtype], device=torch.device("cpu"))
         tokenizer = load_tokenizer(config.model)
         stops = stop_ids(config.model, load_config(config.model), tokenizer)
-        self._target = HfTarget(self.model, tokenizer, stops, config.model.drafting_folder)
+        self._target = HfTarget(
+            self.model, tokenizer, stops, config.model.drafting_folder, named_model
+        )
         self._params = SamplingParams(max_tokens=max_tokens)
         self._overrides = list(overrides)
         self._stops = stops

@@ -20,6 +20,7 @@ from apb.config import compose_config
 from apb.cost import NOMINAL_CPU, CostModel
 from apb.engine import Engine
 from apb.errors import ApbError
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import DTYPES, CausalLM
 from apb.methods.plan import PlanRequest, PrefillPlan
 from apb.prompts.base import PromptTokens
@@ -122,6 +123,11 @@ class Rank:
         for overlap in (True, False):
             config = compose_config([*job.overrides, f"method.overlap={str(overlap).lower()}"])
             method = config.method.build(seed=config.seed)
+            method.attach(
+                compressor_target(
+                    config.model, model.hf.config, device=comm.device, dtype=model.dtype
+                )
+            )
             self._engines[overlap] = Engine(
                 model=model,
                 method=method,

@@ -12,18 +12,21 @@ from apb.comm import Communicator
 from apb.config import compose_config
 from apb.cost import NOMINAL_CPU, CostModel
 from apb.engine import Engine
-from apb.generation import generate, logprobs
+from apb.generation import generate
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer, stop_ids
 from apb.layout import SequenceLayout
 from apb.methods.plan import PlanRequest
 from apb.metrics import Timeline
+from apb.plugins import PLUGINS
 from apb.prompts.answer import AnswerText
 from apb.prompts.base import PromptTokens
 from apb.prompts.encode import control_tokens, encode_plain, start_ids
 from apb.prompts.needle import NeedleCase
 from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
+from apb.scoring import logprobs
 from apb.worker import choose_device
 
 REFERENCE = "full"
@@ -32,10 +35,9 @@ _PAPER = ("method=apb", "method.anchor=replicated", "method.layout=even")
 METHODS: Mapping[str, tuple[str, ...]] = {
     REFERENCE: ("method=full",),
     "star": ("method=star",),
-    "apb-query": (*_APB, "method/compressor=query"),
-    "apb-window": (*_APB, "method/compressor=window"),
-    "apb-knorm": (*_APB, "method/compressor=knorm"),
-    "apb-random": (*_APB, "method/compressor=random"),
+    **{
+        f"apb-{name}": (*_APB, f"method/compressor={name}") for name in PLUGINS["method/compressor"]
+    },
     "apb-window-paper": (*_PAPER, "method/compressor=window"),
     "apb-query-paper": (*_PAPER, "method/compressor=query"),
     "apb-window-int8": (*_APB, "method/compressor=window", "method.wire=int8"),
@@ -62,15 +64,17 @@ class Lab:
         self.device = choose_device(config.device, 0)
         hf_config = load_config(config.model)
         self.max_positions = int(hf_config.max_position_embeddings)
-        self._tokenizer = load_tokenizer(config.model)
-        self._stop_ids = tuple(stop_ids(config.model, hf_config, self._tokenizer))
-        self._model = CausalLM.load(
-            config.model, dtype=choose_dtype(config.dtype, self.device), device=self.device
-        )
+        dtype = choose_dtype(config.dtype, self.device)
+        target = compressor_target(config.model, hf_config, device=self.device, dtype=dtype)
         self._methods = {
             name: settings.method.build(seed=config.seed)
             for name, settings in self._configs.items()
         }
+        for method in self._methods.values():
+            method.attach(target)
+        self._tokenizer = load_tokenizer(config.model)
+        self._stop_ids = tuple(stop_ids(config.model, hf_config, self._tokenizer))
+        self._model = CausalLM.load(config.model, dtype=dtype, device=self.device)
         self._num_blocks = num_blocks
         self._engine: Engine | None = None
 

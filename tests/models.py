@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from apb.compress.base import CompressorTarget
+from apb.config import named_model
 from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, load_config
 from apb.hf.target import HfTarget
+from apb.hf.tokenizer import load_tokenizer, stop_ids
 from apb.model_config import ModelConfig
 
 VOCAB = 260
@@ -42,6 +46,9 @@ NAMES = tuple(ARCHITECTURES)
 
 
 def model_config(name: str) -> ModelConfig:
+    """Of a tiny model, or of one in `conf/model/`."""
+    if name not in ARCHITECTURES:
+        return named_model(name)
     return ModelConfig(name=name, architecture=ARCHITECTURES[name])
 
 
@@ -49,14 +56,28 @@ def model_config(name: str) -> ModelConfig:
 def apb_model(name: str) -> CausalLM:
     """The model as apb runs it; one per process."""
     model = CausalLM.load(model_config(name), dtype=torch.float32, device=torch.device("cpu"))
-    _randomise_vectors(model._model)
+    if name in ARCHITECTURES:
+        _randomise_vectors(model._model)
     return model
+
+
+def compressor_target_of(name: str) -> CompressorTarget:
+    """The model as compressors see it."""
+    config = model_config(name)
+    return compressor_target(
+        config, load_config(config), device=torch.device("cpu"), dtype=torch.float32
+    )
 
 
 @cache
 def draft_target(name: str) -> HfTarget:
     """The model as drafters see it."""
-    return HfTarget(apb_model(name), byte_tokenizer(), frozenset({257}))
+    if name in ARCHITECTURES:
+        return HfTarget(apb_model(name), byte_tokenizer(), frozenset({257}), named=named_model)
+    config = model_config(name)
+    tokenizer = load_tokenizer(config)
+    stops = stop_ids(config, load_config(config), tokenizer)
+    return HfTarget(apb_model(name), tokenizer, stops, config.drafting_folder, named_model)
 
 
 @cache

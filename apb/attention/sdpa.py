@@ -48,7 +48,9 @@ class SdpaBackend(AttentionBackend):
         if not self._mask or self._mask.visible_TE is not visible_TE or self._mask.shape != shape:
             # Once per pass, not once per layer.
             self._mask = _RowMask.of(visible_TE, shape, q_HTD.dtype)
-        return _cpu_rows(q_HTD, k_KSD, v_KSD, self._mask.bias_RS, scale)
+        return _cpu_flash(
+            q_HTD, k_KSD, v_KSD, causal=False, scale=scale, bias_RS=self._mask.bias_RS
+        )
 
     def attend_segment(
         self, q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
@@ -79,34 +81,25 @@ class _RowMask(NamedTuple):
         return cls(visible_TE, shape, bias_GTS.flatten(0, 1))
 
 
-def _cpu_rows(
-    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, bias_RS: Tensor, scale: float
-) -> AttentionPartial:
-    """Few rows: the heads of a group are just more rows over the same keys."""
-    q_KGTD = q_HTD.unflatten(0, (k_KSD.shape[0], -1))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_KGTD.flatten(1, 2)[None],
-        k_KSD[None],
-        v_KSD[None],
-        0.0,
-        False,
-        attn_mask=bias_RS[None, None],
-        scale=scale,
-    )
-    return _ungrouped(out.reshape(q_KGTD.shape), lse.reshape(q_KGTD.shape[:3]))
-
-
 def _cpu_flash(
-    q_HTD: Tensor, k_KSD: Tensor, v_KSD: Tensor, *, causal: bool, scale: float
+    q_HTD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    bias_RS: Tensor | None = None,
 ) -> AttentionPartial:
+    """`bias_RS` is for few rows alone, those of all heads of a group."""
     q_KGTD = q_HTD.unflatten(0, (k_KSD.shape[0], -1))
-    if causal or q_KGTD.shape[2] >= _FEW_ROWS:
+    if causal or (bias_RS is None and q_KGTD.shape[2] >= _FEW_ROWS):
         queries, keys, values = q_KGTD, *_as_batch(q_KGTD, k_KSD, v_KSD)
     else:
-        # Without a mask the heads of a group are just more rows over the same keys.
+        # The heads of a group are just more rows over the same keys.
         queries, keys, values = q_KGTD.flatten(1, 2)[None], k_KSD[None], v_KSD[None]
+    mask = None if bias_RS is None else bias_RS[None, None]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries, keys, values, 0.0, causal, scale=scale
+        queries, keys, values, 0.0, causal, attn_mask=mask, scale=scale
     )
     out_KGTD, lse_KGT = out.reshape(q_KGTD.shape), lse.reshape(q_KGTD.shape[:3])
     return _ungrouped(out_KGTD, lse_KGT)

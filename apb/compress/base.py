@@ -8,37 +8,96 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from apb.attention.base import AttentionBackend
+from apb.cost import ModelShape
 from apb.errors import InputError
+from apb.rotary import Rotary
+
+ALL_ROWS = slice(None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressorTarget:
+    """The model whose blocks a compressor will see, known from its configuration alone.
+
+    Attributes:
+        model: its name.
+        hidden_act: what its MLPs call their activation.
+        shipped: the folder of small weights that come with apb for it.
+    """
+
+    model: str
+    shape: ModelShape
+    hidden_act: str
+    rotary: Rotary
+    device: torch.device
+    dtype: torch.dtype
+    shipped: Path | None = None
+
+    def require_whole_rotary(self, compressor: str) -> Rotary:
+        """The rotary embedding, for a compressor that undoes it.
+
+        Raises:
+            InputError: it turns only a part of each head.
+        """
+        turned = 2 * len(self.rotary.inv_freq_F)
+        if turned != self.shape.head_dim:
+            raise InputError(
+                f"method/compressor={compressor} needs RoPE on whole heads, and {self.model} turns "
+                f"{turned} of {self.shape.head_dim} dimensions: choose another compressor"
+            )
+        return self.rotary
 
 
 class BlockView(NamedTuple):
     """What a compressor may look at: one block in one layer, after RoPE.
 
-    `query_HWD` are the query vectors of the question's tokens at their place in the anchor, or None
-    where there is no question (see `observed_rows`).
+    `start` is the position of its first token; the others follow without a gap. `query_HWD` are the
+    query vectors of the question's tokens at their place in the anchor, or None where there is no
+    question (see `observed_rows`).
     """
 
     layer_idx: int
     block_idx: int
+    start: int
     q_HSD: Tensor
     k_KSD: Tensor
     v_KSD: Tensor
     scale: float
     query_HWD: Tensor | None = None
 
+    def before_rope(self, rotary: Rotary, rows: slice = ALL_ROWS) -> tuple[Tensor, Tensor]:
+        """Queries and keys of some rows as RoPE got them, in fp32: ``[H, T, D], [K, T, D]``.
+
+        They are the projections, where the model norms these: normed.
+        """
+        q_HTD, k_KTD = self.q_HSD[:, rows], self.k_KSD[:, rows]
+        first, stop, step = rows.indices(self.k_KSD.shape[1])
+        positions_T = torch.arange(first, stop, step, device=k_KTD.device) + self.start
+        rotation = rotary.at(positions_T)
+        return rotation.unrotate(q_HTD.float()), rotation.unrotate(k_KTD.float())
+
 
 class Compressor(ABC):
     """Selects a block's passing KV. A plug-in implements `score`."""
 
-    needs_query: ClassVar[bool] = False
+    needs_query: bool = False
+    """Whether `BlockView.query_HWD` is read."""
     pool: int = 1
     """A token takes the best score among this many around it (odd), so that phrases stay whole."""
+
+    def attach(self, target: CompressorTarget) -> None:  # noqa: B027
+        """Get ready for a model, before its weights are loaded.
+
+        Raises:
+            InputError: the compressor does not fit it.
+        """
 
     @abstractmethod
     def score(self, block: BlockView) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from apb.compress.base import BlockView, Compressor, CompressorConfig
@@ -13,7 +14,7 @@ class KnormCompressor(Compressor):
     """Keeps the keys of smallest L2 norm (Devoto et al. 2024, https://arxiv.org/abs/2406.11430)."""
 
     def score(self, block: BlockView) -> Tensor:
-        norms_KS: Tensor = block.k_KSD.float().norm(dim=-1)
+        norms_KS: Tensor = torch.linalg.vector_norm(block.k_KSD, dim=-1, dtype=torch.float32)
         return -norms_KS
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ class QueryCompressor(Compressor):
     `window` rows stand in.
     """
 
-    needs_query: ClassVar[bool] = True
+    needs_query = True
 
     def __init__(self, *, window: int, kernel: int) -> None:
         self._window, self.pool = window, kernel

@@ -1,4 +1,7 @@
-"""Observation-window compression: what the block's last rows attend to."""
+"""Observation-window compression: what the block's last rows attend to.
+
+Letters beside those of `base`: G query heads of a group, X = G W.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ class WindowCompressor(Compressor):
     def score(self, block: BlockView) -> Tensor:
         num_kv_heads, num_tokens, _ = block.k_KSD.shape
         rows = min(self._window, num_tokens)
-        q_KGWD = block.q_HSD[:, -rows:].unflatten(0, (num_kv_heads, -1)).float()
-        scores_KGWS = q_KGWD @ block.k_KSD[:, None].float().mT * block.scale
-        future_WS = torch.ones(rows, num_tokens, dtype=torch.bool, device=q_KGWD.device).triu(
-            num_tokens - rows + 1
-        )
-        probs_KGWS = scores_KGWS.masked_fill(future_WS, float("-inf")).softmax(dim=-1)
-        scores_KS: Tensor = probs_KGWS.mean(dim=(1, 2))
+        q_HWD = block.q_HSD[:, -rows:].float() * block.scale
+        q_KXD = q_HWD.unflatten(0, (num_kv_heads, -1)).flatten(1, 2)
+        logits_KXS = q_KXD @ block.k_KSD.float().mT
+        future_WW = torch.ones(rows, rows, dtype=torch.bool, device=q_KXD.device).triu(1)
+        window_KGWW = logits_KXS[..., -rows:].unflatten(1, (-1, rows))
+        window_KGWW.masked_fill_(future_WW, float("-inf"))
+        scores_KS: Tensor = logits_KXS.softmax(dim=-1).mean(dim=1)
         return scores_KS
 
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +19,6 @@ from apb.errors import InputError
 from apb.hf.model import CausalLM
 from apb.hf.tokenizer import load_tokenizer, vocabulary_hash
 from apb.model_config import ModelConfig
-from apb.paths import config_dir
 
 
 class DraftCache:
@@ -152,7 +150,7 @@ class HfDraftModel:
 
 
 def load_draft_model(
-    name: str,
+    config: ModelConfig,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -161,7 +159,7 @@ def load_draft_model(
     window: int,
     spare: int,
 ) -> HfDraftModel:
-    """The model of that name, folder, GGUF file or Hub id.
+    """The model, as far as it fits the target.
 
     Args:
         tokenizer_hash: of the target's vocabulary, which has to be the model's.
@@ -170,7 +168,6 @@ def load_draft_model(
     Raises:
         InputError: not found, not supported, or of another tokenizer.
     """
-    config = _named(name)
     try:
         own_hash = vocabulary_hash(load_tokenizer(config))
         if own_hash != tokenizer_hash:
@@ -181,15 +178,5 @@ def load_draft_model(
         model = CausalLM.load(config, dtype=dtype, device=device)
     except InputError as error:
         reason = str(error).replace("model.path", "drafter.model")
-        raise InputError(f"drafter.model={name}: {reason}") from error
+        raise InputError(f"drafter.model={config.name}: {reason}") from error
     return HfDraftModel(model, sinks=sinks, window=window, spare=spare)
-
-
-def _named(name: str) -> ModelConfig:
-    """From a file in `conf/model/`, or else a place where the weights are."""
-    files = {path.stem: path for path in (config_dir() / "model").glob("*.yaml")}
-    if name not in files:
-        return ModelConfig(name=name, path=name)
-    settings = yaml.safe_load(files[name].read_text(encoding="utf-8"))
-    settings.pop("defaults", None)
-    return ModelConfig(**settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from apb.hf.draft_model import HfDraftModel, load_draft_model
 from apb.hf.model import CausalLM
 from apb.hf.tap import PassTap
 from apb.hf.tokenizer import vocabulary_hash
-from apb.speculate.base import Needs, Rotary
+from apb.model_config import ModelConfig
+from apb.rotary import Rotary
+from apb.speculate.base import Needs
 
 
 class HfTarget:
@@ -25,9 +28,11 @@ class HfTarget:
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: frozenset[int],
         drafting: Path | None = None,
+        named: Callable[[str], ModelConfig] = lambda name: ModelConfig(name=name, path=name),
     ) -> None:
+        """`drafting` holds what apb ships for the model; `named` finds draft models."""
         self._model, self._tokenizer, self._stop_ids = model, tokenizer, stop_ids
-        self._drafting = drafting
+        self._drafting, self._named = drafting, named
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +76,7 @@ class HfTarget:
 
     def load_draft_model(self, name: str, *, sinks: int, window: int, spare: int) -> HfDraftModel:
         return load_draft_model(
-            name,
+            self._named(name),
             dtype=self.dtype,
             device=self.device,
             tokenizer_hash=self.tokenizer_hash,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -12,6 +13,7 @@ from apb.layout import LayoutPolicy, SequenceLayout
 from apb.methods.balanced import balanced
 from apb.methods.base import AttentionMethod
 from apb.methods.blocks import BlockConfig, BlockMethod, BlockSettings
+from apb.methods.budgets import LayerBudgets, UniformBudgets, layer_budgets, spread
 from apb.methods.plan import Anchor, AnchorForm, PlanRequest, PrefillPlan, cut_context
 
 Length = int | float
@@ -27,9 +29,11 @@ class ApbMethod(BlockMethod):
         *,
         anchor_len: Length,
         passing_len: Length,
+        layer_budgets: LayerBudgets,
         settings: BlockSettings,
     ) -> None:
         super().__init__(settings, compressor)
+        self._layer_budgets = layer_budgets
         self._anchor_len, self._passing_len = anchor_len, passing_len
 
     def plan(self, request: PlanRequest) -> PrefillPlan:
@@ -49,7 +53,14 @@ class ApbMethod(BlockMethod):
                 f"tokens: half of its {len(anchor)} tokens (method.anchor_len)",
             )
         passing_lens = self._passing_lens(layout, anchor)
-        plan = PrefillPlan(layout, anchor, self._settings.anchor, passing_lens, notes)
+        plan = PrefillPlan(
+            layout,
+            anchor,
+            self._settings.anchor,
+            passing_lens,
+            self._layer_passing_lens(layout, anchor, passing_lens, request.costs.shape.num_layers),
+            notes=notes,
+        )
         if self._settings.layout is LayoutPolicy.balanced and not plan.passes_everything:
             return balanced(plan, request.costs)
         return plan
@@ -70,6 +81,24 @@ class ApbMethod(BlockMethod):
             shown = first_len
         return Anchor(shown, spliced, min(prefix_len, shown))
 
+    def _layer_passing_lens(
+        self,
+        layout: SequenceLayout,
+        anchor: Anchor,
+        passing_lens: Sequence[int],
+        num_layers: int,
+    ) -> tuple[tuple[int, ...], ...]:
+        """Per layer and block, with the same sum as `passing_lens` in every layer."""
+        if isinstance(self._layer_budgets, UniformBudgets):
+            return ()
+        weights = self._layer_budgets.weights(num_layers)
+        available = (*_selectable(layout, anchor), 0)
+        per_block = [
+            spread(length, weights, most)
+            for length, most in zip(passing_lens, available, strict=True)
+        ]
+        return tuple(zip(*per_block, strict=True))
+
     def _passing_lens(self, layout: SequenceLayout, anchor: Anchor) -> tuple[int, ...]:
         """As many tokens as asked for or as the block can give; nobody reads the last block's."""
         length = _in_tokens(self._passing_len, layout.max_block_len)
@@ -78,11 +107,7 @@ class ApbMethod(BlockMethod):
                 f"method.passing_len={length} exceeds the block length of {layout.max_block_len} "
                 "tokens: lower method.passing_len or num_blocks"
             )
-        selectable = [
-            len(block) - (anchor.context_len if block.index == 0 else 0)
-            for block in layout.blocks[:-1]
-        ]
-        return (*(min(length, available) for available in selectable), 0)
+        return (*(min(length, available) for available in _selectable(layout, anchor)), 0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,6 +120,8 @@ class ApbConfig(BlockConfig):
         anchor: `shared` (rank 0 runs the anchor once) or `replicated` (paper).
         anchor_len: tokens (integer) or share of an even block (float); the paper's is 1/4.
         passing_len: per block, likewise; the paper's is 1/8.
+        layer_budgets: how that is spread over layers: `uniform` (paper), `pyramid`, or a result
+            with an audit, after which layers that lost more pass on more.
     """
 
     compressor: CompressorConfig = MISSING
@@ -102,6 +129,7 @@ class ApbConfig(BlockConfig):
     anchor: AnchorForm = AnchorForm.shared
     anchor_len: Length = 0.25
     passing_len: Length = 0.125
+    layer_budgets: str = "uniform"
 
     def __post_init__(self) -> None:
         BlockConfig.__post_init__(self)  # super() does not work in a class with slots before 3.14
@@ -121,8 +149,16 @@ class ApbConfig(BlockConfig):
             self.compressor.build(seed=seed),
             anchor_len=self.anchor_len,
             passing_len=self.passing_len,
+            layer_budgets=layer_budgets(self.layer_budgets),
             settings=self.settings(),
         )
+
+
+def _selectable(layout: SequenceLayout, anchor: Anchor) -> list[int]:
+    """How many tokens each block but the last can pass on: those that the anchor does not show."""
+    return [
+        len(block) - (anchor.context_len if block.index == 0 else 0) for block in layout.blocks[:-1]
+    ]
 
 
 def _in_tokens(length: Length, block_len: int) -> int:

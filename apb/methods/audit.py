@@ -91,7 +91,8 @@ class Auditor:
             in_block_S = keys.earlier_NS[row] & (keys.positions_S >= block.start)
             seen = [_lse(keys.scores_hNS[:, row], in_block_S)]
             if block.index > 0:
-                passing = slice(len(self._plan.anchor), self._plan.upstream_len(block.index))
+                upstream_len = self._plan.in_layer(layer.layer_idx).upstream_len(block.index)
+                passing = slice(len(self._plan.anchor), upstream_len)
                 seen.append(self._passing_lse(q_NhD[row], k_KUD[:, passing], layer.scale))
                 seen.append(shown_lse_Nh[row])
             mass = torch.stack(seen).sub(exact.lse_TH[row]).exp().sum(dim=0).mean()

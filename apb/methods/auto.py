@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from apb.compress.base import CompressorTarget
 from apb.cost import ModelShape, Workload
 from apb.errors import InputError
 from apb.layout import LayoutPolicy
@@ -29,6 +30,10 @@ class AutoMethod(AttentionMethod):
             "zigzag": RingMethod(LayoutPolicy.zigzag),
             "ulysses": UlyssesMethod(),
         }
+
+    def attach(self, target: CompressorTarget) -> None:
+        for method in (self._approximate, *self._exact.values()):
+            method.attach(target)
 
     def plan(self, request: PlanRequest) -> PrefillPlan:
         """The chosen method's plan, with its name and the reason in a note."""
@@ -59,15 +64,14 @@ class AutoMethod(AttentionMethod):
     def workload(self, plan: PrefillPlan, shape: ModelShape, rank: int) -> Workload:
         return self._chosen(plan.method).workload(plan, shape, rank)
 
+    def workloads(self, plan: PrefillPlan, shape: ModelShape) -> list[Workload]:
+        return self._chosen(plan.method).workloads(plan, shape)
+
     def _chosen(self, name: str | None) -> AttentionMethod:
         return self._approximate if name == "apb" else self._exact[name or "full"]
 
     def _predicted_s(self, name: str, plan: PrefillPlan, request: PlanRequest) -> float:
-        shape = request.costs.shape
-        ranks = range(request.world_size)
-        return request.costs.prefill_s(
-            [self._chosen(name).workload(plan, shape, rank) for rank in ranks]
-        )
+        return request.costs.prefill_s(self._chosen(name).workloads(plan, request.costs.shape))
 
 
 @dataclass(kw_only=True, slots=True)

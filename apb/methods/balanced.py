@@ -12,8 +12,8 @@ from apb.methods.plan import PrefillPlan
 def balanced(plan: PrefillPlan, costs: CostModel) -> PrefillPlan:
     """The plan with other block lengths on the same ranks; anchor and passing lengths stay.
 
-    No block gets shorter than what it shows in the anchor and passes on, so every block sees as
-    many upstream keys as before: it is the lengths that are balanced, not what is approximated.
+    No block gets shorter than what it shows in the anchor and at most passes on, so every block
+    sees as many upstream keys as before: lengths are balanced, not what is approximated.
     """
     shares = balance(plan.layout.context_len, _rank_loads(plan, costs), _unit_costs(costs))
     lengths = [0] * len(plan.layout.blocks)
@@ -45,7 +45,7 @@ def _rank_loads(plan: PrefillPlan, costs: CostModel) -> list[RankLoad]:
         blocks = tuple(
             BlockLoad(
                 plan.upstream_len(block.index),
-                max(1, plan.excluded(block) + plan.passing_lens[block.index]),
+                max(1, plan.excluded(block) + plan.most_passed(block)),
             )
             for block in plan.layout.owned_by(rank)
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apb.attention.base import AttentionBackend, LayerInputs
 from apb.comm import Communicator
+from apb.compress.base import CompressorTarget
 from apb.cost import ModelShape, Workload
 from apb.methods.audit import Auditor
 from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
@@ -45,6 +46,13 @@ class AttentionMethod(ABC):
     position and nothing else is cached, so decode never asks which method ran.
     """
 
+    def attach(self, target: CompressorTarget) -> None:  # noqa: B027
+        """Get ready for a model, before its weights are loaded.
+
+        Raises:
+            InputError: the method's compressor does not fit it.
+        """
+
     @abstractmethod
     def plan(self, request: PlanRequest) -> PrefillPlan:
         """Who runs what, from lengths alone; the same on every rank.
@@ -56,6 +64,10 @@ class AttentionMethod(ABC):
     @abstractmethod
     def workload(self, plan: PrefillPlan, shape: ModelShape, rank: int) -> Workload:
         """What a rank does in one layer of the plan."""
+
+    def workloads(self, plan: PrefillPlan, shape: ModelShape) -> list[Workload]:
+        """Of every rank."""
+        return [self.workload(plan, shape, rank) for rank in range(plan.layout.world_size)]
 
     @abstractmethod
     def begin(self, context: PrefillContext) -> Attend:

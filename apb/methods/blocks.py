@@ -12,12 +12,12 @@ from torch import Tensor
 
 from apb.attention.base import LayerInputs, Segment
 from apb.balance import causal_pairs
-from apb.compress.base import BlockView, Compressor
+from apb.compress.base import BlockView, Compressor, CompressorTarget
 from apb.cost import ModelShape, Workload
 from apb.errors import InputError
 from apb.layout import Block, LayoutPolicy
 from apb.methods.base import Attend, AttentionMethod, MethodConfig, PrefillContext
-from apb.methods.exchange import ContextExchange
+from apb.methods.exchange import ContextExchange, UpstreamRoom
 from apb.methods.plan import AnchorForm, PrefillPlan
 from apb.methods.wire import WireFormat
 
@@ -72,6 +72,10 @@ class BlockMethod(AttentionMethod):
         self._settings = settings
         self._compressor = compressor
 
+    def attach(self, target: CompressorTarget) -> None:
+        if self._compressor is not None:
+            self._compressor.attach(target)
+
     def begin(self, context: PrefillContext) -> Attend:
         return _BlockPrefill(context, self._settings, self._compressor).attend
 
@@ -98,21 +102,23 @@ class _BlockPrefill:
         self._context = context
         self._overlap = settings.overlap
         self._compressor = compressor
-        self._exchange = ContextExchange(
-            context.plan, context.rows, context.comm, step=context.step, wire=settings.wire
-        )
+        self._wire = settings.wire
+        self._room = UpstreamRoom()
+        self._exchanges: dict[tuple[int, ...], ContextExchange] = {}
 
     def attend(self, layer: LayerInputs) -> Tensor:
         """What can be sent is under way before local attention, and awaited after it."""
         backend, local = self._context.backend, self._context.rows.local
         self._context.cache.write(layer.layer_idx, layer.k_KTD[:, local], layer.v_KTD[:, local])
-        message_NY = self._message(layer)
-        pending = self._exchange.start(layer, message_NY)
+        plan = self._context.plan.in_layer(layer.layer_idx)
+        exchange = self._exchange(plan)
+        message_NY = self._message(layer, exchange)
+        pending = exchange.start(layer, message_NY)
         if not self._overlap:
             pending.wait()
         partial = backend.attend(layer.q_HTD, self._local_segments(layer), scale=layer.scale)
-        upstream = self._exchange.upstream(layer, message_NY, pending)
-        segments = self._upstream_segments(*upstream)
+        upstream = exchange.upstream(layer, message_NY, pending)
+        segments = self._upstream_segments(plan, *upstream)
         if segments:
             partial = backend.attend(layer.q_HTD, segments, scale=layer.scale, carry=partial)
         if self._context.auditor is not None:
@@ -120,11 +126,25 @@ class _BlockPrefill:
             self._context.auditor.observe(layer, rows, partial.out_THD, upstream[0])
         return partial.out_THD
 
-    def _message(self, layer: LayerInputs) -> Tensor:
+    def _exchange(self, plan: PrefillPlan) -> ContextExchange:
+        """That of all layers that pass on as much."""
+        context, found = self._context, self._exchanges.get(plan.passing_lens)
+        if found is None:
+            found = self._exchanges[plan.passing_lens] = ContextExchange(
+                plan,
+                context.rows,
+                context.comm,
+                step=context.step,
+                wire=self._wire,
+                room=self._room,
+            )
+        return found
+
+    def _message(self, layer: LayerInputs, exchange: ContextExchange) -> Tensor:
         """The anchor and what each of this rank's blocks passes on, in the order of the blocks."""
         plan = self._context.plan
-        question_HWD = self._question(layer)
-        outbox = self._exchange.outbox(layer)
+        question_HWD = self._question(layer, exchange)
+        outbox = exchange.outbox(layer)
         for (block, rows), out_P2KD in zip(self._context.rows.blocks, outbox.passing, strict=True):
             if len(out_P2KD) == 0:
                 continue
@@ -132,6 +152,7 @@ class _BlockPrefill:
             view = BlockView(
                 layer.layer_idx,
                 block.index,
+                block.start,
                 layer.q_HTD[:, rows],
                 layer.k_KTD[:, rows],
                 layer.v_KTD[:, rows],
@@ -141,14 +162,14 @@ class _BlockPrefill:
             self._compressor.select(
                 view, out_P2KD, backend=self._context.backend, excluded=plan.excluded(block)
             )
-        return self._exchange.message(layer, outbox)
+        return exchange.message(layer, outbox)
 
-    def _question(self, layer: LayerInputs) -> Tensor | None:
+    def _question(self, layer: LayerInputs, exchange: ContextExchange) -> Tensor | None:
         """The question's query vectors, or None where the compressor or the prompt goes without."""
         plan, compressor = self._context.plan, self._compressor
         if compressor is None or not compressor.needs_query or plan.anchor.query_len == 0:
             return None
-        return self._exchange.question(layer)
+        return exchange.question(layer)
 
     def _is_blind(self, block: Block) -> bool:
         """Whether the block selects without the question: the first one has no anchor (paper)."""
@@ -165,11 +186,11 @@ class _BlockPrefill:
             for s in slices
         ]
 
-    def _upstream_segments(self, k_KUD: Tensor, v_KUD: Tensor) -> list[Segment]:
+    def _upstream_segments(self, plan: PrefillPlan, k_KUD: Tensor, v_KUD: Tensor) -> list[Segment]:
         """Each block's rows, all of them seeing the anchor and the passing blocks before them."""
         segments = []
         for block, rows in self._context.rows.blocks:
-            length = self._context.plan.upstream_len(block.index)
+            length = plan.upstream_len(block.index)
             if length:
                 segments.append(
                     Segment(rows.start, rows.stop, k_KUD[:, :length], v_KUD[:, :length])

@@ -10,6 +10,7 @@ key/value heads, H query heads, D head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -37,8 +38,22 @@ class Outbox(NamedTuple):
     """Parts of it ``[P, 2, K, D]``, one for each of the rank's blocks."""
 
 
+class UpstreamRoom:
+    """Memory for upstream keys and values, which one layer after the other uses."""
+
+    def __init__(self) -> None:
+        self._elements: Tensor | None = None
+
+    def view(self, like: Tensor, *shape: int) -> Tensor:
+        """Room of that shape, with anything in it; what was in it before is gone."""
+        size = math.prod(shape)
+        if self._elements is None or self._elements.numel() < size:
+            self._elements = like.new_empty(size)
+        return self._elements[:size].view(shape)
+
+
 class ContextExchange:
-    """Moves one request's anchor and passing blocks, one layer at a time."""
+    """Moves anchor and passing blocks of the layers that have the same plan, one at a time."""
 
     def __init__(
         self,
@@ -48,6 +63,7 @@ class ContextExchange:
         *,
         step: int,
         wire: WireFormat,
+        room: UpstreamRoom,
     ) -> None:
         self._plan, self._rows, self._comm, self._step = plan, rows, comm, step
         self._format = wire
@@ -60,7 +76,7 @@ class ContextExchange:
         others = [rank for rank in range(comm.world_size) if rank != comm.rank]
         self._sent = {rank: self._sent_len(comm.rank, rank) for rank in others}
         self._asked = {rank: self._sent_len(rank, comm.rank) for rank in others}
-        self._upstream_2KUD: Tensor | None = None
+        self._room = room
 
     def question(self, layer: LayerInputs) -> Tensor:
         """The query vectors ``[H, W, D]`` of the question in the anchor; waits for a shared one.
@@ -108,17 +124,14 @@ class ContextExchange:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values ``[K, U, D]``: the anchor, then the passing blocks that are needed here.
 
-        Block ``b`` attends to the first ``plan.upstream_len(b)`` of them. The buffer is reused by
+        Block ``b`` attends to the first ``plan.upstream_len(b)`` of them. The room is reused by
         the next layer. Own passing blocks take the wire format too, so that results do not depend
         on which rank a block is on.
         """
         wire = self._wire(layer)
-        if self._upstream_2KUD is None:
-            length = self._plan.upstream_len(self._plan.last_block(self._comm.rank))
-            self._upstream_2KUD = layer.k_KTD.new_empty(
-                (2, wire.num_kv_heads, length, wire.head_dim)
-            )
-        k_KUD, v_KUD = self._upstream_2KUD
+        length = self._plan.upstream_len(self._plan.last_block(self._comm.rank))
+        upstream_2KUD = self._room.view(layer.k_KTD, 2, wire.num_kv_heads, length, wire.head_dim)
+        k_KUD, v_KUD = upstream_2KUD
         if not self._travels and k_KUD.shape[1]:
             k_KUD[:, : len(self._plan.anchor)], v_KUD[:, : len(self._plan.anchor)] = (
                 self._own_anchor(layer)
@@ -126,7 +139,7 @@ class ContextExchange:
         arrived = {**pending.wait(), self._comm.rank: message_NY}
         decoded = {rank: wire.decode(arrived[rank]) for rank in self._sources}
         for part in self._parts:
-            self._upstream_2KUD[:, :, part.upstream] = decoded[part.source][part.message].permute(
+            upstream_2KUD[:, :, part.upstream] = decoded[part.source][part.message].permute(
                 1, 2, 0, 3
             )
         return k_KUD, v_KUD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from apb.cost import CostModel
@@ -88,17 +88,31 @@ class RankRows:
 class PrefillPlan:
     """One prefill, the same on every rank.
 
-    `passing_lens[b]` is what block ``b`` sends per KV head; 0 for the last block, which nobody
-    follows. `notes` are sentences for the user about what differs from the request. `method` is
-    what was chosen where the method chooses.
+    `passing_lens[b]` is what block ``b`` sends per KV head, on average over layers; 0 for the last
+    block, which nobody follows. `layer_passing_lens[layer]` is the same for one layer, where layers
+    differ (see `in_layer`). `notes` are sentences for the user about what differs from the request.
+    `method` is what was chosen where the method chooses.
     """
 
     layout: SequenceLayout
     anchor: Anchor = Anchor()
     anchor_form: AnchorForm = AnchorForm.replicated
     passing_lens: tuple[int, ...] = ()
+    layer_passing_lens: tuple[tuple[int, ...], ...] = ()
     notes: tuple[str, ...] = ()
     method: str | None = None
+
+    def in_layer(self, layer_idx: int) -> PrefillPlan:
+        """The plan as if all layers were as this one."""
+        if not self.layer_passing_lens:
+            return self
+        passing_lens = self.layer_passing_lens[layer_idx]
+        return replace(self, passing_lens=passing_lens, layer_passing_lens=())
+
+    def most_passed(self, block: Block) -> int:
+        """What the block sends in the layer where it sends most."""
+        layers = (self.passing_lens, *self.layer_passing_lens)
+        return max(passing_lens[block.index] for passing_lens in layers)
 
     def excluded(self, block: Block) -> int:
         """How many of the block's first tokens may not be selected, as every anchor shows them."""

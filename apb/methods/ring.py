@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,30 +35,37 @@ class RingMethod(AttentionMethod):
         return _RingPrefill(context).attend
 
     def workload(self, plan: PrefillPlan, shape: ModelShape, rank: int) -> Workload:
-        pairs = sum(causal_pairs(len(block), block.start) for block in plan.layout.owned_by(rank))
-        origins = [
-            origin for hop, origin in _origins(plan, rank) if hop <= farthest_hop(plan, origin)
-        ]
-        tokens = sum(map(plan.layout.tokens_on, origins))
-        return Workload(
-            rows=plan.num_rows(rank),
-            head_pairs=shape.num_heads * pairs,
-            received=tokens * shape.kv_elements,
-            messages=len(origins),
-        )
+        return _workload(plan, shape, rank, farthest_hops(plan))
+
+    def workloads(self, plan: PrefillPlan, shape: ModelShape) -> list[Workload]:
+        farthest = farthest_hops(plan)
+        ranks = range(plan.layout.world_size)
+        return [_workload(plan, shape, rank, farthest) for rank in ranks]
 
 
-def farthest_hop(plan: PrefillPlan, origin: int) -> int:
-    """How many ranks further the KV of `origin` is still needed; 0 where nobody needs it."""
-    layout = plan.layout
-    own = layout.owned_by(origin)
-    if not own:
-        return 0
-    hops = range(1, layout.world_size)
-    needed = (
-        hop for hop in hops if plan.last_block((origin + hop) % layout.world_size) > own[0].index
+def farthest_hops(plan: PrefillPlan) -> list[int]:
+    """How many ranks further the KV of each rank is still needed; 0 where nobody needs it."""
+    world_size = plan.layout.world_size
+    last = [plan.last_block(rank) for rank in range(world_size)]
+    result = []
+    for origin in range(world_size):
+        own = plan.layout.owned_by(origin)
+        hops = reversed(range(1, world_size)) if own else ()
+        needed = (hop for hop in hops if last[(origin + hop) % world_size] > own[0].index)
+        result.append(next(needed, 0))
+    return result
+
+
+def _workload(plan: PrefillPlan, shape: ModelShape, rank: int, farthest: Sequence[int]) -> Workload:
+    pairs = sum(causal_pairs(len(block), block.start) for block in plan.layout.owned_by(rank))
+    origins = [origin for hop, origin in _origins(plan, rank) if hop <= farthest[origin]]
+    tokens = sum(map(plan.layout.tokens_on, origins))
+    return Workload(
+        rows=plan.num_rows(rank),
+        head_pairs=shape.num_heads * pairs,
+        received=tokens * shape.kv_elements,
+        messages=len(origins),
     )
-    return max(needed, default=0)
 
 
 def _origins(plan: PrefillPlan, rank: int) -> Iterator[tuple[int, int]]:
@@ -73,9 +80,7 @@ class _RingPrefill:
     def __init__(self, context: PrefillContext) -> None:
         self._context = context
         self._layout = context.plan.layout
-        self._farthest = [
-            farthest_hop(context.plan, origin) for origin in range(self._layout.world_size)
-        ]
+        self._farthest = farthest_hops(context.plan)
 
     def attend(self, layer: LayerInputs) -> Tensor:
         """The next KV is under way while this rank attends to the last that came."""

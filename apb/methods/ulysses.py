@@ -106,6 +106,7 @@ class UlyssesMethod(AttentionMethod):
             head_pairs=len(share) * causal_pairs(layout.context_len),
             received=(heads_in + rows_in) * shape.head_dim,
             messages=2 if layout.world_size > 1 else 0,
+            overlaps=False,
         )
 
 

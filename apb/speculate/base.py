@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from apb.errors import InputError
+from apb.rotary import Rotary
 from apb.sampling import SamplingParams
 from apb.speculate.control import ControllerKind
 from apb.speculate.tree import DraftTree, ProposalKind, TreeBuilder
@@ -72,14 +73,6 @@ class StateTap(Protocol):
 
     def take(self) -> Tapped:
         """Of the last pass: all rows of a small one, else its first and last; they are let go."""
-
-
-class Rotary(NamedTuple):
-    """Rotary position embedding: angles are positions times `inv_freq_F`, F = head_dim / 2."""
-
-    inv_freq_F: Tensor
-    scaling: float
-    """Factor on sine and cosine."""
 
 
 class DraftModel(Protocol):

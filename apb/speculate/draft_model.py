@@ -25,9 +25,8 @@ from apb.speculate.base import (
     Verified,
 )
 from apb.speculate.draft_reader import DraftReader
-from apb.speculate.eagle_levels import LmHead
+from apb.speculate.lm_head import LmHead, TrimmedHeads, frequent_tokens
 from apb.speculate.tree import Claim, Proposal, ProposalKind, TreeBuilder
-from apb.speculate.vocabulary import DraftVocabulary
 
 
 @dataclass(slots=True, eq=False)
@@ -223,16 +222,7 @@ class DraftModelConfig(DrafterConfig):
         if self.vocabulary is None:
             whole = LmHead(head_VM[:vocab_size], torch.arange(vocab_size, device=head_VM.device))
             return lambda _: whole
-        vocabulary = DraftVocabulary.read(
-            self.vocabulary, vocab_size=vocab_size, tokenizer_hash=target.tokenizer_hash
-        ).with_ids(sorted(target.stop_ids))
-        if self.vocabulary_size is not None:
-            vocabulary = vocabulary.first(self.vocabulary_size, target.stop_ids)
-
-        def trimmed(prompt_ids: Sequence[int]) -> LmHead:
-            known = (token_id for token_id in prompt_ids if token_id < vocab_size)
-            ids_C = vocabulary.with_ids(known if self.document_ids else ()).token_ids_C
-            ids_C = ids_C.to(head_VM.device)
-            return LmHead(head_VM[ids_C], ids_C)
-
-        return trimmed
+        vocabulary = frequent_tokens(
+            self.vocabulary, self.vocabulary_size, target, vocab_size=vocab_size
+        )
+        return TrimmedHeads(head_VM[:vocab_size], vocabulary, document_ids=self.document_ids)

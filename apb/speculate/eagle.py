@@ -19,20 +19,21 @@ from torch import Tensor
 
 from apb.errors import InputError
 from apb.packed import pack_linears
+from apb.rotary import Rotary
 from apb.speculate.base import (
     Drafter,
     DrafterConfig,
     DraftRequest,
     DraftTarget,
     Needs,
-    Rotary,
     Verified,
 )
 from apb.speculate.eagle_cache import Window, WindowedCache
 from apb.speculate.eagle_checkpoint import EagleCheckpoint
 from apb.speculate.eagle_head import EagleHead, HeadOutput
-from apb.speculate.eagle_levels import Considered, Level, LmHead
+from apb.speculate.eagle_levels import Considered, Level
 from apb.speculate.eagle_options import HeadSettings, RopeSource, TargetFacts
+from apb.speculate.lm_head import LmHead
 from apb.speculate.tree import TreeBuilder
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from apb.speculate.base import Rotary
+from apb.rotary import Rotary
 from apb.speculate.eagle_head import (
     ALL_ROWS,
     Attend,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apb.errors import InputError
-from apb.speculate.base import Rotary
+from apb.rotary import Rotary
 from apb.speculate.eagle3_head import Eagle3Head, Eagle3Norms
 from apb.speculate.eagle_head import Eagle2Head, EagleHead, HeadShape
 from apb.speculate.eagle_layouts import HeadFiles

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apb.speculate.base import Rotary
+from apb.rotary import Rotary, Rotation
 
 ALL_ROWS = slice(None)
 
@@ -47,28 +47,6 @@ class HeadShape:
     qk_norm: bool = False
 
 
-class Rotation(NamedTuple):
-    """Rotary embedding at the positions of a pass."""
-
-    cos_TD: Tensor
-    sin_TD: Tensor
-
-    @classmethod
-    def at(cls, positions_T: Tensor, rotary: Rotary, dtype: torch.dtype) -> Rotation:
-        angles_TF = positions_T[..., None] * rotary.inv_freq_F.to(positions_T.device)
-        angles_TD = torch.cat((angles_TF, angles_TF), dim=-1)
-        cos_TD, sin_TD = angles_TD.cos() * rotary.scaling, angles_TD.sin() * rotary.scaling
-        return cls(cos_TD.to(dtype), sin_TD.to(dtype))
-
-    def of(self, rows: slice) -> Rotation:
-        return Rotation(self.cos_TD[..., rows, :], self.sin_TD[..., rows, :])
-
-    def __call__(self, x_HTD: Tensor) -> Tensor:
-        first_HTF, second_HTF = x_HTD.chunk(2, dim=-1)
-        turned_HTD = torch.cat((-second_HTF, first_HTF), dim=-1)
-        return x_HTD * self.cos_TD.unsqueeze(-3) + turned_HTD * self.sin_TD.unsqueeze(-3)
-
-
 class Attend(Protocol):
     """Which rows see which: a plain causal mask in training, a cache and a tree in drafting."""
 
@@ -81,7 +59,7 @@ class Attend(Protocol):
 class Pass(NamedTuple):
     """What all layers are told of one pass."""
 
-    rotate: Rotation
+    rotation: Rotation
     attend: Attend
     wanted: slice
     num_layers: int
@@ -116,8 +94,10 @@ class Attention(nn.Module):
 
     def forward(self, x_TW: Tensor, this: Pass) -> Tensor:
         rows = this.rows(self._layer_idx)
-        q_HTD = this.rotate.of(rows)(self.q_norm(self._split(self.q_proj(x_TW[..., rows, :]))))
-        k_KTD = this.rotate(self.k_norm(self._split(self.k_proj(x_TW))))
+        q_HTD = this.rotation.of(rows).rotate(
+            self.q_norm(self._split(self.q_proj(x_TW[..., rows, :])))
+        )
+        k_KTD = this.rotation.rotate(self.k_norm(self._split(self.k_proj(x_TW))))
         out_HTD = this.attend(self._layer_idx, q_HTD, k_KTD, self._split(self.v_proj(x_TW)))
         out_TM: Tensor = self.o_proj(out_HTD.transpose(-3, -2).flatten(-2))
         return out_TM
@@ -207,8 +187,7 @@ class EagleHead(nn.Module, ABC):
         """
 
     def _pass(self, positions_T: Tensor, attend: Attend, wanted: slice, dtype: torch.dtype) -> Pass:
-        rotate = Rotation.at(positions_T, self.rotary, dtype)
-        return Pass(rotate, attend, wanted, self.shape.num_layers)
+        return Pass(self.rotary.at(positions_T, dtype), attend, wanted, self.shape.num_layers)
 
 
 class Eagle2Head(EagleHead):

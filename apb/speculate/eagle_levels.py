@@ -1,7 +1,6 @@
 """What an EAGLE draft looks at: likely tokens level by level, the best of which make up a tree.
 
-Letters: T rows of a pass, M hidden size, C tokens that are scored, W nodes of a level, N drafted
-rows, X nodes that were looked at.
+Letters: M hidden size, W nodes of a level, N drafted rows, X nodes that were looked at.
 """
 
 from __future__ import annotations
@@ -10,34 +9,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apb.packed import pack_linears
 from apb.speculate.tree import Claim, TreeBuilder
-
-
-class LmHead:
-    """Rows of an LM head and the target's ids that they stand for; None where they are equal."""
-
-    def __init__(self, weight_CM: Tensor, ids_C: Tensor | None = None) -> None:
-        self.ids_C = ids_C
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # it draws weights
-            self._product = nn.Linear(weight_CM.shape[1], weight_CM.shape[0], bias=False)
-        self._product.weight = nn.Parameter(weight_CM, requires_grad=False)
-        pack_linears(self._product)
-
-    def logits(self, x_TM: Tensor) -> Tensor:
-        """``[T, C]`` in fp32."""
-        logits_TC: Tensor = self._product(x_TM).float()
-        return logits_TC
-
-    def best(self, x_TM: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and ids of each row's likeliest tokens, both ``[T, count]``."""
-        logits_TC = self.logits(x_TM)
-        best = logits_TC.topk(min(count, logits_TC.shape[1]))
-        logprobs_TW = best.values - logits_TC.logsumexp(dim=-1, keepdim=True)
-        ids_TW = best.indices if self.ids_C is None else self.ids_C[best.indices]
-        return logprobs_TW, ids_TW
 
 
 class Level(NamedTuple):

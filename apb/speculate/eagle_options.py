@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
 from apb.errors import InputError
-from apb.speculate.base import Rotary
+from apb.rotary import Rotary
 from apb.speculate.eagle_layouts import HeadFiles
 
 _LAYERS = "eagle_aux_hidden_state_layer_ids"

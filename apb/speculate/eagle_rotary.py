@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apb.errors import InputError
-from apb.speculate.base import Rotary
+from apb.rotary import Rotary
 
 DEFAULT_THETA = 10_000.0
 """Where a configuration says nothing, as in most EAGLE-3 heads."""

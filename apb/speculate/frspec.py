@@ -1,17 +1,13 @@
-"""Drafts by an EAGLE head that scores frequent tokens alone.
-
-Letters: V the target's vocabulary, M hidden size, C tokens that are scored.
-"""
+"""Drafts by an EAGLE head that scores frequent tokens alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apb.errors import InputError
 from apb.speculate.base import DraftTarget
 from apb.speculate.eagle import EagleConfig, EagleDrafter
-from apb.speculate.eagle_levels import LmHead
+from apb.speculate.lm_head import TrimmedHeads, frequent_tokens
 from apb.speculate.vocabulary import DraftVocabulary
 
 SHIPPED_LIST = "vocabulary.safetensors"
@@ -40,16 +36,10 @@ class FrSpecConfig(EagleConfig):
                 f"the EAGLE head {self.head} has a vocabulary of {len(checkpoint.ids_C)} tokens of "
                 "its own, which drafter=frspec cannot trim: use drafter=eagle"
             )
-        vocabulary = self._vocabulary(target)
         weight_VM = target.head() if checkpoint.lm_head_CM is None else checkpoint.lm_head_CM
         weight_VM = weight_VM.to(target.device, target.dtype)
-
-        def lm_head_for(prompt_ids: Sequence[int]) -> LmHead:
-            wanted = vocabulary.with_ids(prompt_ids) if self.document_ids else vocabulary
-            ids_C = wanted.token_ids_C.to(target.device)
-            return LmHead(weight_VM[ids_C], ids_C)
-
-        return self.drafter(target, checkpoint, lm_head_for)
+        heads = TrimmedHeads(weight_VM, self._vocabulary(target), document_ids=self.document_ids)
+        return self.drafter(target, checkpoint, heads)
 
     def _vocabulary(self, target: DraftTarget) -> DraftVocabulary:
         path = self.vocabulary
@@ -60,11 +50,5 @@ class FrSpecConfig(EagleConfig):
                 "drafter.vocabulary is not set, and apb ships none for this model: give a list of "
                 "frequent tokens, or use drafter=eagle for all"
             )
-        listed = DraftVocabulary.read(
-            path,
-            vocab_size=target.head().shape[0],
-            tokenizer_hash=target.tokenizer_hash,
-        )
-        if self.vocabulary_size is None:
-            return listed.with_ids(sorted(target.stop_ids))
-        return listed.first(self.vocabulary_size, target.stop_ids)
+        vocab_size = target.head().shape[0]
+        return frequent_tokens(path, self.vocabulary_size, target, vocab_size=vocab_size)

@@ -171,7 +171,7 @@ class TreeBuilder:
         self._tokens, self._parents, self._sources = [root], [-1], [0]
         self._children: dict[tuple[int, int], int] = {}
         self._proposals: dict[int, Proposal] = {}
-        self._claims, self._chances = [Claim()], [1.0]
+        self._claims = [Claim()]
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -189,7 +189,10 @@ class TreeBuilder:
     @property
     def outlook(self) -> float:
         """Drafted tokens that will be accepted, if all claims are right."""
-        return sum(self._chances) - 1.0
+        chances = [1.0]
+        for parent, claim in zip(self._parents[1:], self._claims[1:], strict=True):
+            chances.append(chances[parent] * claim.share)
+        return sum(chances[1:])
 
     @property
     def is_full(self) -> bool:
@@ -243,7 +246,6 @@ class TreeBuilder:
         self._parents.append(parent)
         self._sources.append(source)
         self._claims.append(claim)
-        self._chances.append(self._chances[parent] * claim.share)
         return node
 
     def add_path(

@@ -15,7 +15,7 @@ steps=N batch=N unroll=N held_out=N seed=N intermediate_size=N  (1000, 4, 3, 32,
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,14 +128,14 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
         files, tokenizer, template, length=options.length, seed=options.recipe.seed
     )
     compute_features(features, model, config.backend.build(model.attention_target), lessons)
-    trainer = _trainer(options, target, hf_config, features, vocabulary)
-    trainer.train()
-    held_out = trainer.held_out(target.head(), _DEPTH)
     exported = head_config(
         hf_config,
-        intermediate_size=trainer.head.shape.intermediate_size,
+        intermediate_size=options.intermediate_size or hf_config.intermediate_size,
         tokenizer_hash=target.tokenizer_hash,
     )
+    trainer = _trainer(options, target, exported, features, vocabulary)
+    trainer.train()
+    held_out = trainer.held_out(target.head(), _DEPTH)
     card = _card(config.model.name, options, command, trainer.seconds, held_out)
     write_head(options.output, trainer.head, exported, card, dtype=torch.bfloat16)
     return [f"{options.output}: {_figures(held_out)}"]
@@ -144,16 +144,15 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
 def _trainer(
     options: Options,
     target: HfTarget,
-    hf_config: Any,
+    settings: Mapping[str, Any],
     features: FeatureFolder,
     vocabulary: DraftVocabulary | None,
 ) -> EagleTrainer:
+    """`settings` are the head's configuration."""
     torch.manual_seed(options.recipe.seed)
-    inner = options.intermediate_size or hf_config.intermediate_size
-    settings = head_config(hf_config, intermediate_size=inner, tokenizer_hash="")
     shape = HeadShape(
         hidden_size=settings["hidden_size"],
-        intermediate_size=inner,
+        intermediate_size=settings["intermediate_size"],
         num_heads=settings["num_attention_heads"],
         num_kv_heads=settings["num_key_value_heads"],
         head_dim=settings["head_dim"],
@@ -164,7 +163,7 @@ def _trainer(
     with torch.no_grad():
         # It begins as the state that it is given, from which the next one is not far.
         head.fc.weight[:, shape.hidden_size :] += torch.eye(shape.hidden_size)
-    ids_C = torch.arange(hf_config.vocab_size) if vocabulary is None else vocabulary.token_ids_C
+    ids_C = torch.arange(settings["vocab_size"]) if vocabulary is None else vocabulary.token_ids_C
     rows_CM = target.head() if vocabulary is None else target.head()[ids_C]
     teacher = Teacher(target.embedding(), rows_CM.detach(), ids_C)
     return EagleTrainer(head, teacher, features, options.recipe, options.work)

@@ -5,6 +5,7 @@ Letters: B lessons, T places of each, M hidden size, C tokens that are scored.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -137,15 +138,17 @@ class EagleTrainer:
         """Lessons of the steps that are left; each epoch in an order of its own."""
         recipe, count = self._recipe, len(self._features) - self._recipe.held_out
         first = self._step * recipe.batch
-        for start in range(first, recipe.steps * recipe.batch, recipe.batch):
-            places = range(start, start + recipe.batch)
-            yield [recipe.held_out + self._order(place // count)[place % count] for place in places]
+        lessons = self._lessons(first, count)
+        for _ in range(self._step, recipe.steps):
+            yield [recipe.held_out + next(lessons) for _ in range(recipe.batch)]
 
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._recipe.seed + epoch)
-        count = len(self._features) - self._recipe.held_out
-        order: list[int] = torch.randperm(count, generator=generator).tolist()
-        return order
+    def _lessons(self, first: int, count: int) -> Iterator[int]:
+        """Of `count` lessons, endlessly, beginning with the `first` that has not been taken."""
+        for epoch in itertools.count(first // count):
+            generator = torch.Generator().manual_seed(self._recipe.seed + epoch)
+            order: list[int] = torch.randperm(count, generator=generator).tolist()
+            yield from order[first % count :]
+            first = 0
 
     def _rate(self, step: int) -> float:
         recipe = self._recipe

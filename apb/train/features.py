@@ -58,34 +58,29 @@ class FeatureFolder:
         else:
             about.write_text(json.dumps(wanted))
         self._folder, self.spec = folder, spec
+        self._lesson_bytes = {
+            folder / _TOKENS: 4 * spec.length,
+            folder / _STATES: 2 * spec.length * spec.hidden_size,
+        }
 
     def __len__(self) -> int:
         """Whole lessons in both files."""
-        row_bytes = {_TOKENS: 4, _STATES: 2 * self.spec.hidden_size}
         sizes = [
-            path.stat().st_size // (self.spec.length * row_bytes[path.name])
-            for path in (self._folder / _TOKENS, self._folder / _STATES)
-            if path.exists()
+            path.stat().st_size // num_bytes if path.exists() else 0
+            for path, num_bytes in self._lesson_bytes.items()
         ]
-        return min(sizes) if len(sizes) == len(row_bytes) else 0
+        return min(sizes)
 
     def append(self, tokens_NL: Tensor, states_NLM: Tensor) -> None:
         """More lessons behind those that are there; what a crash left half written is dropped."""
-        spec, done = self.spec, len(self)
-        for name, values, size in (
-            (_TOKENS, tokens_NL.to(torch.int32), 4 * spec.length),
-            (
-                _STATES,
-                states_NLM.to(torch.bfloat16).view(torch.int16),
-                2 * spec.length * spec.hidden_size,
-            ),
-        ):
-            path = self._folder / name
+        done = len(self)
+        values = (tokens_NL.to(torch.int32), states_NLM.to(torch.bfloat16).view(torch.int16))
+        for (path, num_bytes), value in zip(self._lesson_bytes.items(), values, strict=True):
             path.touch()
             with path.open("r+b") as file:
-                file.truncate(done * size)
+                file.truncate(done * num_bytes)
                 file.seek(0, 2)
-                file.write(values.contiguous().numpy().tobytes())
+                file.write(value.contiguous().numpy().tobytes())
 
     def read(self, lessons: Sequence[int]) -> tuple[Tensor, Tensor]:
         """``tokens_NL`` int64 and ``states_NLM`` fp32 of some lessons."""

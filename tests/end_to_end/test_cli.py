@@ -33,6 +33,8 @@ def test_torchrun_and_local_ranks_give_the_same_answer(tmp_path: Path) -> None:
     assert len(ours["token_ids"]) == 6
     assert ours["metrics"]["layout"] == theirs["metrics"]["layout"]
     assert len(ours["metrics"]["layout"]) == 2
+    acceptance_length = theirs["metrics"]["acceptance_length"]
+    assert f"drafter hybrid, acceptance length {acceptance_length:.2f} tokens" in done.stdout
 
 
 def test_torchrun_leaves_one_output_folder_and_one_log(tmp_path: Path) -> None:

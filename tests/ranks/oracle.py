@@ -2,7 +2,8 @@
 
 One Hugging Face forward pass over the rows ``[anchor | context | query]``. In each layer the
 passing tokens are chosen from the block's own queries and keys, and a boolean mask per KV head says
-which rows see which keys; then a plain softmax. No code of `apb/methods` or `apb/compress` is used.
+which rows see which keys; then a plain softmax. No code of `apb/methods` or `apb/compress` is used
+but the latter's record of a block.
 
 Letters: N rows of the pass, D head dim, B tokens of a block.
 """
@@ -13,14 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
+from apb.compress.base import BlockView
 from apb.hf.model import load_config
+from apb.rotary import Rotary
 from models import hf_model, model_config
+from score_statements import (
+    expected_attention_scores,
+    fused,
+    keydiff_scores,
+    lag_scores,
+    tova_scores,
+)
 
 IMPLEMENTATION = "apb_oracle"
 
@@ -37,10 +47,14 @@ class Statement:
     block_lens: tuple[int, ...]
     anchor_len: int
     passing_len: int
+    layer_passing_lens: tuple[tuple[int, ...], ...] = ()
+    """Instead of `passing_len`, per layer and block, as the plan spreads it."""
     shared: bool = True
     compressor: str = "query"
     window: int = 64
     kernel: int = 5
+    details: tuple[tuple[str, Any], ...] = ()
+    """Settings of a compressor that observes no rows."""
     new_ids: tuple[int, ...] = ()
     """Read after the context."""
     star: bool = False
@@ -124,20 +138,36 @@ def _attention(
 ) -> tuple[Tensor, None]:
     assert attention_mask is None
     q_HND, k_KND, v_KND = q_BHND[0], k_BKND[0], v_BKND[0]
+    layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     groups = q_HND.shape[0] // k_KND.shape[0]
     outputs = []
     for kv_head, (k_ND, v_ND) in enumerate(zip(k_KND, v_KND, strict=True)):
         q_GND = q_HND[kv_head * groups : (kv_head + 1) * groups]
-        visible_NN = _visible(statement, q_GND, k_ND, scaling)
+        visible_NN = _visible(statement, _Layer(q_HND, k_KND, v_KND, scaling, layer_idx), kv_head)
         for q_ND in q_GND:
             scores_NN = (q_ND @ k_ND.T * scaling).masked_fill(~visible_NN, float("-inf"))
             outputs.append(scores_NN.softmax(dim=-1) @ v_ND)
     return torch.stack(outputs, dim=1)[None], None
 
 
-def _visible(statement: Statement, q_GND: Tensor, k_ND: Tensor, scale: float) -> Tensor:
+class _Layer(NamedTuple):
+    q_HND: Tensor
+    k_KND: Tensor
+    v_KND: Tensor
+    scale: float
+    layer_idx: int
+
+    def block(self, statement: Statement, block_idx: int) -> BlockView:
+        """A block's own rows."""
+        start = sum(statement.block_lens[:block_idx])
+        rows = slice(len(statement.anchor) + start, None)
+        q, k, v = (x[:, rows][:, : statement.block_lens[block_idx]] for x in self[:3])
+        return BlockView(0, block_idx, start, q, k, v, self.scale)
+
+
+def _visible(statement: Statement, layer: _Layer, kv_head: int) -> Tensor:
     """Which rows see which keys for one KV head: bool ``[N, N]``."""
-    num_rows, anchor_len = k_ND.shape[0], len(statement.anchor)
+    num_rows, anchor_len = layer.k_KND.shape[1], len(statement.anchor)
     context_stop = anchor_len + len(statement.context)
     visible_NN = torch.zeros(num_rows, num_rows, dtype=torch.bool)
     _see_causally(visible_NN, 0, anchor_len)
@@ -149,7 +179,7 @@ def _visible(statement: Statement, q_GND: Tensor, k_ND: Tensor, scale: float) ->
             visible_NN[rows, upstream] = True
         _see_causally(visible_NN, start, start + length)
         if block_idx < len(statement.block_lens) - 1:
-            kept = _select(statement, block_idx, q_GND[:, rows], q_GND, k_ND[rows], scale)
+            kept = _select(statement, block_idx, layer, kv_head)
             upstream += [start + token for token in kept]
         start += length
     visible_NN[context_stop:, anchor_len:context_stop] = True
@@ -162,29 +192,48 @@ def _see_causally(visible_NN: Tensor, start: int, stop: int) -> None:
         visible_NN[row, start : row + 1] = True
 
 
-def _select(
-    statement: Statement,
-    block_idx: int,
-    q_GBD: Tensor,
-    q_GND: Tensor,
-    k_BD: Tensor,
-    scale: float,
-) -> list[int]:
+def _select(statement: Statement, block_idx: int, layer: _Layer, kv_head: int) -> list[int]:
     """Tokens of the block that one KV head passes on."""
     barred = statement.shown_len if block_idx == 0 else 0
     even_len = statement.even_lens[block_idx]
     budget = 0 if statement.star else min(statement.passing_len, even_len - barred)
-    question = range(statement.splice, statement.splice + len(statement.spliced))
-    blind = not question or (block_idx == 0 and not statement.shared)
-    q_GWD = q_GBD[:, -statement.window :] if blind else q_GND[:, list(question)]
-    if statement.compressor == "knorm":
-        scores_B = -k_BD.norm(dim=-1)
-    elif statement.compressor == "query":
-        scores_B = _pooled((q_GWD @ k_BD.T).mean(dim=(0, 1)), statement.kernel)
-    else:
-        scores_B = _pooled(_window_scores(q_GBD, k_BD, statement.window, scale), statement.kernel)
+    if statement.layer_passing_lens:
+        budget = statement.layer_passing_lens[layer.layer_idx][block_idx]
+    scores_B = _scores(statement, block_idx, layer, kv_head)
     open_to = range(barred, len(scores_B))
     return sorted(open_to, key=lambda token: (-float(scores_B[token]), token))[:budget]
+
+
+def _scores(statement: Statement, block_idx: int, layer: _Layer, kv_head: int) -> Tensor:
+    block, groups = layer.block(statement, block_idx), len(layer.q_HND) // len(layer.k_KND)
+    heads = slice(kv_head * groups, (kv_head + 1) * groups)
+    q_GBD, k_BD = block.q_HSD[heads], block.k_KSD[kv_head]
+    if statement.compressor == "knorm":
+        norms_B: Tensor = k_BD.norm(dim=-1)
+        return -norms_B
+    if statement.compressor == "query":
+        question = range(statement.splice, statement.splice + len(statement.spliced))
+        blind = not question or (block_idx == 0 and not statement.shared)
+        q_GWD = q_GBD[:, -statement.window :] if blind else layer.q_HND[heads][:, list(question)]
+        return _pooled((q_GWD @ k_BD.T).mean(dim=(0, 1)), statement.kernel)
+    if statement.compressor == "window":
+        return _pooled(_window_scores(q_GBD, k_BD, statement.window, layer.scale), statement.kernel)
+    return torch.tensor(_listed_scores(statement, block, kv_head))
+
+
+def _listed_scores(statement: Statement, block: BlockView, kv_head: int) -> list[float]:
+    details = dict(statement.details)
+    if statement.compressor == "expected_attention":
+        embedding: Any = hf_model(statement.model).base_model.rotary_emb
+        rotary = Rotary(embedding.inv_freq, float(embedding.attention_scaling))
+        return expected_attention_scores(block, kv_head, rotary, **details)
+    if statement.compressor == "lag_kv":
+        return lag_scores(block, kv_head, **details)
+    plain = {"keydiff": keydiff_scores, "tova": tova_scores}
+    if statement.compressor == "fusion":
+        members = [plain[name](block, kv_head) for name in details["members"]]
+        return fused(members, details["weights"], details["constant"])
+    return plain[statement.compressor](block, kv_head)
 
 
 def _window_scores(q_GBD: Tensor, k_BD: Tensor, window: int, scale: float) -> Tensor:

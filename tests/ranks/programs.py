@@ -18,7 +18,7 @@ from apb.methods.base import MethodConfig
 from apb.methods.placement import Placement
 from apb.methods.plan import AnchorForm, PrefillPlan
 from apb.prompts.base import PromptTokens
-from models import apb_model
+from models import apb_model, compressor_target_of
 from plans import make_plan
 
 
@@ -68,9 +68,11 @@ def run_cases(comm: Communicator, cases: Sequence[Case]) -> list[Outcome]:
 def make_engine(comm: Communicator, case: Case) -> Engine:
     """A prefilled engine with room for the new tokens."""
     model = apb_model(case.model)
+    method = case.method.build(seed=case.seed)
+    method.attach(compressor_target_of(case.model))
     engine = Engine(
         model=model,
-        method=case.method.build(seed=case.seed),
+        method=method,
         backend=case.backend.build(model.attention_target),
         comm=comm,
     )

@@ -6,15 +6,21 @@ A new method joins by a line in `SETTINGS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 from typing import NamedTuple
 
 from apb.compress.base import CompressorConfig
+from apb.compress.expected_attention import ExpectedAttentionConfig
+from apb.compress.fusion import FusionConfig
+from apb.compress.keydiff import KeydiffConfig
 from apb.compress.knorm import KnormConfig
+from apb.compress.lag_kv import LagKvConfig
 from apb.compress.query import QueryConfig
-from apb.compress.random import RandomConfig
+from apb.compress.table import COMPRESSORS
+from apb.compress.tova import TovaConfig
 from apb.compress.window import WindowConfig
+from apb.config import plugin_name
 from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig, Length
 from apb.methods.base import MethodConfig
@@ -34,6 +40,18 @@ from ranks.programs import Case
 PLACEMENTS = (Placement.sharded, Placement.rank0)
 EXACT_LENGTHS = (1, 2, 3, 5, 17, 64, 101, 200)
 WINDOWS = {"query": QueryConfig, "window": WindowConfig}
+
+
+SCORES = (
+    ExpectedAttentionConfig(future=7, sinks=2),
+    KeydiffConfig(),
+    TovaConfig(),
+    LagKvConfig(lag=4),
+    # Reciprocal ranks tie easily, and rounding decides; with these hardly ever.
+    FusionConfig(members=["tova", "keydiff"], weights=[1.0, 1.618], constant=9.3),
+)
+CHOICES = [(policy, form) for policy in LayoutPolicy for form in AnchorForm][1:]
+"""Of layouts and anchors for them."""
 
 
 class Setting(NamedTuple):
@@ -76,6 +94,7 @@ def apb(
     anchor_len: Length,
     passing_len: Length,
     overlap: bool = True,
+    layer_budgets: str = "uniform",
 ) -> ApbConfig:
     return ApbConfig(
         compressor=compressor,
@@ -83,6 +102,7 @@ def apb(
         anchor=form,
         anchor_len=anchor_len,
         passing_len=passing_len,
+        layer_budgets=layer_budgets,
         overlap=overlap,
         min_block_len=1,
     )
@@ -108,11 +128,44 @@ def some_apb(policy: LayoutPolicy, form: AnchorForm) -> Setting:
     return Setting(f"apb-{policy.name}-{form.name}", make, False, blocks_of(policy))
 
 
+def apb_by_layer(policy: LayoutPolicy, form: AnchorForm) -> Setting:
+    """Layers pass on as unlike parts of a block as they can."""
+
+    def make(rng: Random, block_len: int) -> ApbConfig:
+        return apb(
+            rng.choice((WindowConfig(window=4), QueryConfig(window=4))),
+            policy,
+            form,
+            anchor_len=rng.randint(0, block_len),
+            passing_len=rng.randint(0, block_len) // rng.choice((1, 2, 4)),
+            overlap=rng.choice((True, False)),
+            layer_budgets="pyramid",
+        )
+
+    return Setting(f"apb_by_layer-{policy.name}-{form.name}", make, False, blocks_of(policy))
+
+
+def apb_by_score(compressor: CompressorConfig, policy: LayoutPolicy, form: AnchorForm) -> Setting:
+    """Scored otherwise than by observed rows or norms."""
+
+    def make(rng: Random, block_len: int) -> ApbConfig:
+        return apb(
+            compressor,
+            policy,
+            form,
+            anchor_len=rng.randint(0, block_len),
+            passing_len=rng.randint(1, max(1, block_len // 3)),
+        )
+
+    name = f"apb_by_{plugin_name('method/compressor', compressor)}-{policy.name}-{form.name}"
+    return Setting(name, make, False, blocks_of(policy))
+
+
 def apb_passing_all(policy: LayoutPolicy, form: AnchorForm) -> Setting:
     """Exact where there is no query to splice in (E3)."""
 
     def make(rng: Random, block_len: int) -> ApbConfig:
-        compressor = rng.choice((QueryConfig(), WindowConfig(), KnormConfig(), RandomConfig()))
+        compressor = rng.choice([config() for config in COMPRESSORS.values()])
         share = rng.choice((0.0, 0.25, 0.5, 1.0))
         return apb(compressor, policy, form, anchor_len=share, passing_len=1.0)
 
@@ -135,6 +188,12 @@ SETTINGS: list[Setting] = [
     Setting("ring", lambda *_: RingConfig(), True, any_number),
     Setting("zigzag", lambda *_: ZigzagConfig(), True, in_pairs),
     Setting("ulysses", lambda *_: UlyssesConfig(), True, no_choice),
+    *(
+        apb_by_score(compressor, *choice)
+        for compressor, choice in zip(SCORES, CHOICES, strict=True)
+    ),
+    apb_by_layer(LayoutPolicy.balanced, AnchorForm.shared),
+    apb_by_layer(LayoutPolicy.zigzag, AnchorForm.replicated),
     *(
         of(policy, form)
         for of in (some_apb, some_star, apb_passing_all)
@@ -216,6 +275,7 @@ def statement_of(case: Case, plan: PrefillPlan) -> Statement:
         block_lens=tuple(map(len, plan.layout.blocks)),
         anchor_len=0,
         passing_len=0,
+        layer_passing_lens=plan.layer_passing_lens,
         shared=method.anchor is AnchorForm.shared,
         new_ids=case.new_ids,
         star=isinstance(method, StarConfig),
@@ -229,5 +289,9 @@ def statement_of(case: Case, plan: PrefillPlan) -> Statement:
         if isinstance(method.compressor, config):
             window, kernel = method.compressor.window, method.compressor.kernel
             return replace(lengths, compressor=name, window=window, kernel=kernel)
-    assert isinstance(method.compressor, KnormConfig)
-    return replace(lengths, compressor="knorm")
+    if isinstance(method.compressor, KnormConfig):
+        return replace(lengths, compressor="knorm")
+    name = plugin_name("method/compressor", method.compressor)
+    details = {k: v for k, v in asdict(method.compressor).items() if k != "covariance"}
+    frozen = ((k, tuple(v) if isinstance(v, list) else v) for k, v in details.items())
+    return replace(lengths, compressor=name, details=tuple(frozen))

@@ -180,6 +180,10 @@ def test_draws_reach_every_rule(pool_of: PoolOf) -> None:
         for shared in (False, True):
             chosen = [s for s in passing if (s.compressor, s.shared) == (name, shared)]
             assert any(s.spliced and 0 < s.passing_len < s.block_lens[0] // 2 for s in chosen)
+    for name in ("expected_attention", "keydiff", "tova", "lag_kv", "fusion"):
+        chosen = [s for s in passing if s.compressor == name]
+        assert any(0 < s.passing_len < s.block_lens[0] // 2 for s in chosen), name
+    assert any(len(set(s.layer_passing_lens)) > 1 for s in passing)
     for star in (False, True):
         uneven = [s for s in drawn if s.star is star and s.block_lens != s.even_lens]
         assert any(max(s.block_lens) - max(s.even_lens) > 1 for s in uneven)

@@ -20,7 +20,6 @@ from apb.compress.query import QueryConfig
 from apb.engine import Engine
 from apb.errors import RequestError
 from apb.generation import generate as generate_steps
-from apb.generation import logprobs
 from apb.hf.model import CausalLM
 from apb.methods.apb import ApbConfig
 from apb.methods.full import FullConfig
@@ -28,6 +27,7 @@ from apb.methods.placement import Placement
 from apb.methods.ring import RingConfig
 from apb.metrics import Timeline
 from apb.sampling import SamplingParams
+from apb.scoring import logprobs
 from models import NAMES, apb_model, hf_model, random_ids
 from rank_pool import RankPool, same_on_all_ranks
 from ranks.cases import make_prompt

@@ -13,11 +13,16 @@ import torch
 
 from apb.comm import Communicator
 from apb.compress.knorm import KnormConfig
+from apb.compress.window import WindowConfig
 from apb.generation import generate
+from apb.hf.tokenizer import load_tokenizer
 from apb.methods.apb import ApbConfig
 from apb.methods.placement import Placement
 from apb.metrics import Timeline
+from apb.paths import model_home
 from apb.plugins import PLUGINS
+from apb.prompts.needle import make_needle
+from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
 from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.control import ControllerKind
@@ -25,7 +30,7 @@ from apb.speculate.speculator import SpeculationStats, Speculator
 from apb.speculate.tree import TreeBuilder
 from apb.speculate.verify import VerifierKind
 from eagle_checkpoints import eagle2_head, eagle3_head
-from models import VOCAB, draft_target, random_ids
+from models import VOCAB, draft_target, model_config, random_ids
 from rank_pool import RankPool, same_on_all_ranks
 from ranks.cases import make_prompt
 from ranks.programs import Case, make_engine
@@ -42,6 +47,7 @@ CASE = Case(
     prompt=make_prompt(61, prefix_len=2, query_len=5),
     new_ids=random_ids(5, seed=9),
 )
+SMOLLM2 = "smollm2-135m"
 NAMES = [*sorted(set(PLUGINS["drafter"]) - {"none"}), "eagle3"]
 
 over_ranks = pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -220,6 +226,59 @@ def config_of(tmp_path_factory: pytest.TempPathFactory) -> ConfigOf:
         return config
 
     return config_of
+
+
+@pytest.fixture(scope="module")
+def real_case() -> Case:
+    """SmolLM2 is to summarise a document."""
+    tokenizer = load_tokenizer(model_config(SMOLLM2))
+    needle = make_needle(lambda text: len(tokenizer(text)["input_ids"]), context_len=600, seed=4)
+    prompt = build_prompt(tokenizer, needle.document, "Summarize the text above.")
+    return Case(
+        model=SMOLLM2,
+        method=ApbConfig(compressor=WindowConfig(), min_block_len=1),
+        prompt=prompt,
+        new_ids=prompt.query_ids,
+    )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@over_ranks
+@over_placements
+@pytest.mark.parametrize("name", NAMES)
+def test_every_drafter_leaves_a_long_answer_as_it_is(
+    pool_of: PoolOf,
+    plain: Plain,
+    config_of: ConfigOf,
+    name: str,
+    placement: Placement,
+    world_size: int,
+) -> None:
+    case, pool = replace(CASE, placement=placement), pool_of(world_size)
+    params = replace(GREEDY, max_tokens=200)
+    answer, stats = run(pool, case, params, config_of(name))
+    assert answer == plain(pool, case, params)
+    assert stats.nodes > stats.steps, "nothing was drafted"
+
+
+@pytest.mark.long
+@pytest.mark.model
+@pytest.mark.skipif(not (model_home() / SMOLLM2).is_dir(), reason="needs `make model`")
+@pytest.mark.timeout(600)
+@over_ranks
+@over_placements
+@pytest.mark.parametrize("name", sorted(set(PLUGINS["drafter"]) - {"none"}))
+def test_every_drafter_leaves_a_real_models_answer_as_it_is(
+    pool_of: PoolOf, plain: Plain, real_case: Case, name: str, placement: Placement, world_size: int
+) -> None:
+    """With what apb ships for the model, and the model itself as its draft model."""
+    case, pool = replace(real_case, placement=placement), pool_of(world_size)
+    params = replace(GREEDY, max_tokens=200)
+    config = PLUGINS["drafter"][name](**({"model": SMOLLM2} if name == "model" else {}))
+    answer, stats = run(pool, case, params, config)
+    assert answer == plain(pool, case, params)
+    assert stats.nodes > stats.steps, "nothing was drafted"
 
 
 def follows_plain(config: DrafterConfig) -> bool:

@@ -1,10 +1,13 @@
 """Guarantees of compressors: the budget and not a token of what is barred, reproducibly and per KV
-head; and scores that are what each compressor's description says.
+head.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,34 +15,18 @@ from torch import Tensor
 
 from apb.attention.sdpa import SdpaBackend
 from apb.attention.selection import max_pool, top_tokens
-from apb.compress.base import BlockView, Compressor
-from apb.compress.knorm import KnormConfig
-from apb.compress.query import QueryConfig
-from apb.compress.random import RandomConfig
-from apb.compress.window import WindowConfig
+from apb.comm import Communicator
+from apb.compress.base import BlockView, Compressor, CompressorConfig, CompressorTarget
+from apb.compress.fusion import FusionConfig
+from apb.compress.knorm import KnormCompressor
+from apb.config import compose_config
 from apb.errors import InputError
+from apb.methods.apb import ApbConfig
+from apb.methods.auto import AutoConfig
 from apb.plugins import PLUGINS
-
-NAMES = tuple(PLUGINS["method/compressor"])
-NUM_KV_HEADS, GROUPS, HEAD_DIM = 3, 2, 8
-QUERY_LEN = 4
-
-
-def build(name: str, *, seed: int = 0) -> Compressor:
-    compressor: Compressor = PLUGINS["method/compressor"][name]().build(seed=seed)
-    return compressor
-
-
-def draw_block(num_tokens: int, *, query_len: int = QUERY_LEN) -> BlockView:
-    return BlockView(
-        layer_idx=2,
-        block_idx=1,
-        q_HSD=torch.randn(NUM_KV_HEADS * GROUPS, num_tokens, HEAD_DIM),
-        k_KSD=torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM),
-        v_KSD=torch.randn(NUM_KV_HEADS, num_tokens, HEAD_DIM),
-        scale=0.4,
-        query_HWD=torch.randn(NUM_KV_HEADS * GROUPS, query_len, HEAD_DIM) if query_len else None,
-    )
+from apb.runner import RequestRunner
+from blocks import COMPRESSORS as NAMES
+from blocks import HEAD_DIM, NUM_KV_HEADS, QUERY_LEN, build, changed, draw_block
 
 
 def select(
@@ -142,7 +129,7 @@ def test_random_selection_differs_by_seed_layer_block_and_head() -> None:
     block = draw_block(60)
 
     def kept_by(seed: int, view: BlockView) -> Tensor:
-        return kept(RandomConfig().build(seed=seed), view, budget=20)
+        return kept(build("random", seed=seed), view, budget=20)
 
     base = kept_by(1, block)
     assert not torch.equal(base[0], base[1])
@@ -154,96 +141,107 @@ def test_random_selection_differs_by_seed_layer_block_and_head() -> None:
         assert not torch.equal(other, base)
 
 
-def pooled(scores: list[float], kernel: int) -> list[float]:
-    reach = kernel // 2
-    return [max(scores[max(0, i - reach) : i + reach + 1]) for i in range(len(scores))]
+class Refusing(KnormCompressor):
+    """Fits no model."""
+
+    def attach(self, target: CompressorTarget) -> None:
+        raise InputError(f"does not fit {target.model} in {target.dtype}")
 
 
-def query_scores(block: BlockView, head: int, rows_HWD: Tensor, kernel: int) -> list[float]:
-    """Mean of q.k over the rows and the heads of the group."""
-    scores = []
-    for key_D in block.k_KSD[head]:
-        products = [
-            float(row_D @ key_D)
-            for q_head in range(head * GROUPS, (head + 1) * GROUPS)
-            for row_D in rows_HWD[q_head]
-        ]
-        scores.append(sum(products) / len(products))
-    return pooled(scores, kernel)
+@dataclass(kw_only=True, slots=True)
+class RefusingConfig(CompressorConfig):
+    def build(self, *, seed: int) -> Refusing:
+        return Refusing()
 
 
-def window_scores(block: BlockView, head: int, window: int, kernel: int) -> list[float]:
-    """Mean attention that a token gets from the last rows, each of which sees no later token."""
-    num_tokens = block.k_KSD.shape[1]
-    rows = range(max(0, num_tokens - window), num_tokens)
-    scores = [0.0] * num_tokens
-    for q_head in range(head * GROUPS, (head + 1) * GROUPS):
-        for row in rows:
-            keys = block.k_KSD[head, : row + 1]
-            weights = [math.exp(float(block.q_HSD[q_head, row] @ k) * block.scale) for k in keys]
-            for token, weight in enumerate(weights):
-                scores[token] += weight / sum(weights) / (len(rows) * GROUPS)
-    return pooled(scores, kernel)
-
-
-def assert_scores(found_KS: Tensor, expected: list[list[float]]) -> None:
-    torch.testing.assert_close(found_KS, torch.tensor(expected), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kernel", [1, 5])
-@pytest.mark.parametrize("num_tokens", [1, 3, 20])
-def test_query_score_is_the_pooled_mean_product_with_the_question(
-    num_tokens: int, kernel: int
-) -> None:
-    block = draw_block(num_tokens)
-    assert block.query_HWD is not None
-    expected = [query_scores(block, h, block.query_HWD, kernel) for h in range(NUM_KV_HEADS)]
-    assert_scores(pooled_scores(QueryConfig(kernel=kernel).build(seed=0), block), expected)
-
-
-@pytest.mark.parametrize("window", [1, 6, 64])
-def test_query_score_without_a_question_uses_the_last_rows(window: int) -> None:
-    block = draw_block(20, query_len=0)
-    rows_HWD = block.q_HSD[:, -window:]
-    expected = [query_scores(block, h, rows_HWD, 5) for h in range(NUM_KV_HEADS)]
-    assert_scores(pooled_scores(QueryConfig(window=window).build(seed=0), block), expected)
-
-
-@pytest.mark.parametrize("window", [1, 6, 64])
-@pytest.mark.parametrize("num_tokens", [1, 3, 20])
-def test_window_score_is_the_pooled_mean_causal_attention_of_the_last_rows(
-    num_tokens: int, window: int
-) -> None:
-    block = draw_block(num_tokens)
-    expected = [window_scores(block, h, window, 5) for h in range(NUM_KV_HEADS)]
-    assert_scores(pooled_scores(WindowConfig(window=window).build(seed=0), block), expected)
-
-
-def test_knorm_score_falls_with_the_length_of_the_key() -> None:
-    block = draw_block(20)
-    expected = [
-        [-math.sqrt(sum(float(x) ** 2 for x in key_D)) for key_D in keys_SD]
-        for keys_SD in block.k_KSD
-    ]
-    assert_scores(pooled_scores(KnormConfig().build(seed=0), block), expected)
+@pytest.mark.parametrize("method", [ApbConfig, AutoConfig])
+def test_compressor_meets_the_model_before_its_weights_are_loaded(method: type[ApbConfig]) -> None:
+    config = compose_config(["model=tiny", "dtype=bfloat16"])
+    config.method = method(compressor=RefusingConfig())
+    with pytest.raises(InputError, match=r"does not fit tiny in torch.bfloat16"):
+        RequestRunner(config, Communicator(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_16_bit_blocks_are_scored_in_fp32(name: str) -> None:
     block = draw_block(30)
-    fields = ("q_HSD", "k_KSD", "v_KSD", "query_HWD")
-    narrow = block._replace(**{f: getattr(block, f).to(torch.bfloat16) for f in fields})
-    wide = block._replace(**{f: getattr(narrow, f).float() for f in fields})
+    narrow = changed(block, lambda x_HSD: x_HSD.to(torch.bfloat16))
+    wide = changed(narrow, Tensor.float)
     found = build(name).score(narrow)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, build(name).score(wide), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("config", [QueryConfig, WindowConfig])
-@pytest.mark.parametrize("setting", [{"window": 0}, {"kernel": 0}, {"kernel": 4}, {"kernel": -1}])
-def test_windows_and_kernels_that_make_no_sense_are_refused(
-    config: type[QueryConfig | WindowConfig], setting: dict[str, int]
+def within_more(x_HSD: Tensor) -> Tensor:
+    """The same values as part of a longer sequence."""
+    num_heads, num_tokens, head_dim = x_HSD.shape
+    wide = torch.full((num_heads, num_tokens + 9, head_dim), math.nan)
+    wide[:, 4:-5] = x_HSD
+    return wide[:, 4:-5]
+
+
+def token_by_token(x_HSD: Tensor) -> Tensor:
+    """The same values with the heads of a token side by side."""
+    return x_HSD.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_do_not_depend_on_where_tensors_lie_in_memory(name: str) -> None:
+    block = draw_block(300)
+    expected_KS = build(name).score(block)
+    for layout in (within_more, token_by_token):
+        found_KS = build(name).score(changed(block, layout))
+        torch.testing.assert_close(found_KS, expected_KS, atol=1e-5, rtol=1e-5)
+
+
+def scaled(x_HSD: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return (x_HSD * scale).to(dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_of_any_block_are_finite(name: str, dtype: torch.dtype) -> None:
+    """Also of tokens that are all the same, of no length or long."""
+    block = draw_block(140)
+    for scale in (0.0, 1.0, 100.0):
+        long = changed(block, partial(scaled, scale=scale, dtype=dtype))
+        same = changed(long, lambda x_HSD: x_HSD[:, :1].expand(-1, 140, -1))
+        one = changed(long, lambda x_HSD: x_HSD[:, :1])
+        for some in (long, same, one):
+            assert build(name).score(some).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        *(
+            (name, {setting: value}, f"{setting}={value} must be")
+            for name in ("query", "window")
+            for setting, value in (("window", 0), ("kernel", 0), ("kernel", 4), ("kernel", -1))
+        ),
+        ("expected_attention", {"future": 0}, "future=0 must be at least 1"),
+        ("expected_attention", {"sinks": -1}, "sinks=-1 must not be negative"),
+        ("lag_kv", {"lag": 1}, "lag=1 must be at least 2"),
+        ("fusion", {"members": ["window"]}, r"members=\[window\] must be two or more"),
+        ("fusion", {"members": ["tova", "tova"]}, r"members=\[tova,tova\] must be .* each once"),
+        ("fusion", {"members": ["tova", "fusion"]}, "members has 'fusion', which is none of query"),
+        ("fusion", {"weights": [1.0]}, r"weights=\[1.0\] must be one for each of 2 members"),
+        ("fusion", {"weights": [1.0, 0.0]}, r"weights=\[1.0,0.0\] must be above 0"),
+        ("fusion", {"constant": -0.5}, "constant=-0.5 must not be negative"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    name: str, settings: dict[str, Any], words: str
 ) -> None:
-    ((name, value),) = setting.items()
-    with pytest.raises(InputError, match=rf"method.compressor.{name}={value} must be"):
-        config(**setting)
+    with pytest.raises(InputError, match=rf"method\.compressor\.{words}"):
+        PLUGINS["method/compressor"][name](**settings)
+
+
+def test_members_of_a_fusion_are_named_in_a_list() -> None:
+    overrides = ["method/compressor=fusion", "method.compressor.members=[keydiff,query]"]
+    config = compose_config(["model=tiny", *overrides, "method.compressor.weights=[2,0.5]"])
+    assert isinstance(config.method, ApbConfig)
+    expected = FusionConfig(members=["keydiff", "query"], weights=[2.0, 0.5])
+    assert config.method.compressor == expected
+    assert build("fusion", members=["keydiff", "query"]).needs_query
+    assert not build("fusion", members=["keydiff", "knorm"]).needs_query

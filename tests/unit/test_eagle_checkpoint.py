@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from apb.errors import InputError
-from apb.speculate.base import Rotary
+from apb.rotary import Rotary
 from apb.speculate.eagle3_head import Eagle3Head
 from apb.speculate.eagle_checkpoint import EagleCheckpoint
 from apb.speculate.eagle_head import Eagle2Head, EagleHead

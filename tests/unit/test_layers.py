@@ -15,18 +15,18 @@ ROOT = Path(__file__).parents[2]
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
     {"errors", "paths", "heartbeat"},
-    {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"}
-    | {"supervision", "drain"},
+    {"layout", "balance", "cost", "hardware", "comm", "cache", "metrics", "sampling", "prompts"}
+    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"}
+    | {"rotary", "supervision", "drain"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
-    {"hf", "report", "table", "agreement", "calibration", "interrupt", "faults"},
+    {"hf", "report", "table", "agreement", "calibration", "estimate"} | {"interrupt", "faults"},
     {"engine"},
-    {"generation"},
+    {"generation", "scoring"},
     {"plugins"},
     {"config"},
-    {"planning", "requests"},
+    {"planning", "requests", "plan_report"},
     {"runner"},
     {"worker"},
     {"launchers", "rates_bench", "link_bench"},

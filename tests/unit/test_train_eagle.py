@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apb.errors import InputError
-from apb.speculate.base import Rotary
+from apb.rotary import Rotary
 from apb.speculate.eagle_head import Eagle2Head, EagleHead, HeadShape
 from apb.train.__main__ import main
 from apb.train.eagle import EagleTrainer, HeldOut, Recipe, Teacher
