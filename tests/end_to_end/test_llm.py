@@ -192,7 +192,7 @@ def test_sampling_repeats_with_its_seed(llm: LLM) -> None:
 
 def test_a_killed_rank_is_named_and_nothing_is_left_behind() -> None:
     before = set(psutil.Process().children(recursive=True))
-    ranks = LLM("tiny", world_size=3)
+    ranks = LLM("tiny", world_size=3, on_failure="stop")
     children = set(psutil.Process().children(recursive=True)) - before
     victim = next(child for child in children if child.environ()["RANK"] == "1")
     victim.send_signal(signal.SIGKILL)
@@ -201,6 +201,15 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind() -> None:
     with pytest.raises(EngineDeadError, match="rank 1"):
         ranks.ask(DOCUMENT, QUESTION, PARAMS)
     assert not [child for child in children if child.is_running()]
+
+
+def test_a_rank_that_dies_between_requests_costs_none(llm: LLM) -> None:
+    expected = llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+    ranks = [it for it in psutil.Process().children() if it.environ().get("RANK") == "1"]
+    for rank in ranks:
+        rank.kill()
+    assert llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids == expected
+    assert not any(rank.is_running() for rank in ranks)
 
 
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
@@ -223,9 +232,11 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"method": "nope"}, "method=nope does not exist"),
         ({"launcher": "torchrun"}, "RANK and WORLD_SIZE"),
         ({"world_size": 2, "num_blocks": 0}, "num_blocks=0"),
+        ({"on_failure": "hope"}, "on_failure=hope must be one of restart, stop"),
+        ({"request_timeout_s": 0.0}, "request_timeout_s=0.0 must be positive"),
     ],
 )
-def test_wrong_settings_fail_at_once(settings: dict[str, str | int], words: str) -> None:
+def test_wrong_settings_fail_at_once(settings: dict[str, str | float], words: str) -> None:
     assert "RANK" not in os.environ
     with pytest.raises(InputError, match=words):
         LLM("tiny", **settings)  # type: ignore[arg-type]

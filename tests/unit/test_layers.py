@@ -14,13 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
-    {"errors", "paths"},
+    {"errors", "paths", "heartbeat"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"},
+    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"}
+    | {"supervision", "drain"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
-    {"hf", "report", "table", "agreement", "calibration", "estimate", "hardware"},
+    {"hf", "report", "table", "agreement", "calibration", "estimate", "hardware"}
+    | {"interrupt", "faults"},
     {"engine"},
     {"generation"},
     {"scoring"},
