@@ -55,13 +55,13 @@ class Fault:
         pairs = [setting.partition("=") for setting in text.split(",")]
         given = {name.strip(): value.strip() for name, _, value in pairs}
         try:
-            numbers = {
+            numbers: dict[str, float] = {
                 name: int(given.pop(name))
                 for name in ("rank", "layer", "request", "gang")
                 if name in given
             }
             if "seconds" in given:
-                numbers["seconds"] = float(given.pop("seconds"))  # type: ignore[assignment]
+                numbers["seconds"] = float(given.pop("seconds"))
             fault = cls(**numbers, **given)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InputError(

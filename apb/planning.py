@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -115,6 +116,17 @@ class Planner:
             return None
         sample = self._config.audit.sample()
         return Auditor(sample, plan, self._comm, self._shape, seed=self._config.seed)
+
+    def unacceptable(self, findings: Sequence[LayerFinding]) -> str | None:
+        """What an audit found beyond ``audit.max_error``; None where it is within, or not set."""
+        limit = self._config.audit.max_error
+        worst = max(findings, key=lambda finding: finding.output_error, default=None)
+        if worst is None or limit is None or worst.output_error <= limit:
+            return None
+        return (
+            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
+            f"above audit.max_error={limit}"
+        )
 
     def _request(self, prompt: PromptTokens, *, num_blocks: int | None) -> PlanRequest:
         assert self._costs is not None, "plan before the ranks agree on costs"

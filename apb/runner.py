@@ -56,8 +56,7 @@ class RequestRunner:
         self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
         self._shape = model_shape(self._hf_config)
-        max_positions: int = self._hf_config.max_position_embeddings
-        self._reader = RequestReader(config, max_positions=max_positions)
+        self._reader = RequestReader(config, max_positions=self._hf_config.max_position_embeddings)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
         self._progress = Progress(enabled=comm.rank == OWNER)
@@ -210,19 +209,15 @@ class RequestRunner:
         rows = prefill(ready.plan, auditor=auditor)
         self._interrupt.settle()
         findings = [] if auditor is None else auditor.findings()
-        limit = self._config.audit.max_error
-        worst = max(findings, key=lambda finding: finding.output_error, default=None)
-        if worst is None or limit is None or worst.output_error <= limit:
+        loss = self._planner.unacceptable(findings)
+        if loss is None:
             return ready._replace(findings=findings, rows=rows)
         method, plan = self._planner.exact(request.prompt)
         self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
         self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(plan, method))
         rows = prefill(plan, method=method)
         self._interrupt.settle()
-        note = (
-            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
-            f"above audit.max_error={limit}, so the document was read again with {plan.method}"
-        )
+        note = f"{loss}, so the document was read again with {plan.method}"
         plan = replace(plan, notes=(*plan.notes, note))
         return ready._replace(findings=findings, plan=plan, rows=rows)
 

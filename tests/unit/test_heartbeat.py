@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from apb.heartbeat import Beat, Board, Pulse, Stage
@@ -33,8 +34,8 @@ def test_another_process_reads_what_a_rank_has_written(tmp_path: Path) -> None:
 
 
 def test_every_mark_moves_the_count_and_the_place_is_in_words() -> None:
-    pulse, places = Pulse(), []
-    marks = [
+    pulse, places = Pulse(), list[str]()
+    marks: list[Callable[[], None]] = [
         lambda: pulse.enter(Stage.START),
         lambda: pulse.wait(0, 0),
         lambda: pulse.enter(Stage.LOAD),
