@@ -83,7 +83,6 @@ class BlockView(NamedTuple):
         rotation = rotary.at(positions_T)
         return rotation.unrotate(q_HTD.float()), rotation.unrotate(k_KTD.float())
 
-
     def from_row(self, row: int) -> BlockView:
         """The block without its first rows."""
         return self._replace(

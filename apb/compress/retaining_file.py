@@ -23,7 +23,7 @@ from apb.errors import InputError
 
 FILE_NAME = "retaining_heads.safetensors"
 """Of a model's heads where apb looks for them by itself."""
-_KIND, _VERSION = "apb retaining heads", "1"
+_KIND = "apb retaining heads"
 _NAME = re.compile(r"(?:.*\.)?layers\.(\d{1,6})\.self_attn\.(fc[^.]*\..+)")
 _PARTS = ("fc1.weight", "fc2.weight")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -55,6 +55,15 @@ class RetainingHeads:
     def hidden_size(self) -> int:
         return len(self.layers[0].fc1_RI)
 
+    @property
+    def sha256(self) -> str:
+        """Of the weights in the order of the layers, in the dtype they have."""
+        digest = hashlib.sha256()
+        for head in self.layers:
+            for weight in head:
+                digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     @classmethod
     def read(cls, path: str | Path, shape: ModelShape) -> RetainingHeads:
         """Heads on the CPU, in the dtype they are stored in.
@@ -74,12 +83,12 @@ class RetainingHeads:
             )
         found = _by_layer(weights)
         _check_layers(found, shape, path)
-        layers = tuple(_checked(found[idx], idx, shape, path) for idx in range(shape.num_layers))
+        layers = tuple(_checked(found.get(idx), idx, shape, path) for idx in range(shape.num_layers))
         _check_hidden_sizes(layers, found)
         heads = cls(layers)
         if metadata.get("kind") != _KIND:
             return heads
-        if metadata.get("sha256") != _digest(layers):
+        if metadata.get("sha256") != heads.sha256:
             raise InputError(
                 f"{path} is damaged: its weights do not have the sha256 that it states; copy or "
                 "convert the heads again"
@@ -102,13 +111,12 @@ class RetainingHeads:
         }
         metadata = {
             "kind": _KIND,
-            "version": _VERSION,
             "model": self.model or "",
             "hidden_size": str(self.hidden_size),
             "inputs": "q, k, v before RoPE",
             "activation": self.activation or "",
             "note": self.note,
-            "sha256": _digest(self.layers),
+            "sha256": self.sha256,
         }
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -228,11 +236,3 @@ def _check_hidden_sizes(
                 f"{weight.file}: tensor {weight.name} is {list(head.fc1_RI.shape)} instead of "
                 f"{list(layers[0].fc1_RI.shape)}, as in layer 0: the files are of different heads"
             )
-
-
-def _digest(layers: Sequence[RetainingHead]) -> str:
-    digest = hashlib.sha256()
-    for head in layers:
-        for weight in head:
-            digest.update(weight.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -68,7 +68,9 @@ class Reader:
     def fitted(self, text: str) -> str:
         """As much of a text as leaves room for a question."""
         ids = self._encode(text)
-        room = self._length - _SPARE_TOKENS if self._length > 2 * _SPARE_TOKENS else self._length // 2
+        room = (
+            self._length - _SPARE_TOKENS if self._length > 2 * _SPARE_TOKENS else self._length // 2
+        )
         if len(ids) <= room:
             return text
         decoded: str = self._tokenizer.decode(ids[:room])
@@ -82,7 +84,7 @@ class Reader:
 def collect(
     files: Sequence[CorpusFile], reader: Reader, *, needed: int, length: int, seed: int
 ) -> list[Reading]:
-    """Up to `needed` readings, the same for the same files and seed, from as many files as possible.
+    """Up to `needed` readings, the same for the same files and seed, spread over the files.
 
     Raises:
         InputError: no file has a usable pair.

@@ -169,7 +169,9 @@ class HeadTrainer:
         with torch.enable_grad():
             for number, rows in self._parts(labels_KS.shape[1]):
                 x_TI = head_inputs(view, self._target.rotary, rows)
-                labels_KT = labels_KS[:, rows].clone()  # a tensor of inference cannot be learnt from
+                labels_KT = labels_KS[
+                    :, rows
+                ].clone()  # a tensor of inference cannot be learnt from
                 self._loss += layer.step(x_TI, labels_KT, self._recipe.rate(number)) / (
                     self._recipe.updates
                 )

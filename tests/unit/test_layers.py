@@ -32,7 +32,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate", "frequency", "train"},
+    {"run", "fetch", "plan", "calibrate", "frequency", "train", "heads"},
 ]
 
 # A library may be imported only by these files and folders.
