@@ -83,7 +83,9 @@ class RetainingHeads:
             )
         found = _by_layer(weights)
         _check_layers(found, shape, path)
-        layers = tuple(_checked(found.get(idx), idx, shape, path) for idx in range(shape.num_layers))
+        layers = tuple(
+            _checked(found.get(idx), idx, shape, path) for idx in range(shape.num_layers)
+        )
         _check_hidden_sizes(layers, found)
         heads = cls(layers)
         if metadata.get("kind") != _KIND:

@@ -95,7 +95,7 @@ class RetainingHeadCompressor(Compressor):
         backend: AttentionBackend,
         excluded: int = 0,
     ) -> Tensor:
-        """As everywhere, and barred tokens are scored only as far as others are pooled with them."""
+        """As everywhere; barred tokens are scored only as far as others are pooled with them."""
         skipped = max(0, excluded - self.pool // 2)
         kept_KP = super().select(
             block.from_row(skipped), out_P2KD, backend=backend, excluded=excluded - skipped

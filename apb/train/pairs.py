@@ -1,4 +1,4 @@
-"""Questions, documents and answers as token ids, from records that hold them or from plain texts."""
+"""Questions, documents and answers as token ids, from records or from plain texts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reader:
         self, tokenizer: Any, template: Mapping[str, str], *, length: int, query_aware: bool
     ) -> None:
         self._tokenizer, self._template = tokenizer, template
-        self._length, self._query_aware = length, query_aware
+        self.length, self._query_aware = length, query_aware
 
     def reading(self, pair: Pair) -> Reading | None:
         """``[prefix, query, document, query, answer]``; None where it is too long or too short.
@@ -59,22 +59,22 @@ class Reader:
         parts = [prompt.prefix_ids, prompt.query_ids if self._query_aware else ()]
         parts += [prompt.document_ids, prompt.query_ids, answer_ids]
         starts = [sum(map(len, parts[:place])) for place in range(len(parts) + 1)]
-        if starts[-1] > self._length or len(parts[2]) < MIN_DOCUMENT or not answer_ids:
+        if starts[-1] > self.length or len(parts[2]) < MIN_DOCUMENT or not answer_ids:
             return None
         spans = [slice(*starts[place : place + 2]) for place in range(len(parts))]
         ids_T = torch.tensor([token for part in parts for token in part], dtype=torch.int32)
         return Reading(ids_T, spans[1 if self._query_aware else 3], spans[2], spans[4])
 
-    def fitted(self, text: str) -> str:
-        """As much of a text as leaves room for a question."""
+    def asked_about(self, text: str, rng: random.Random) -> Pair | None:
+        """A question about as much of a text as leaves room for it; None for too little text."""
         ids = self._encode(text)
-        room = (
-            self._length - _SPARE_TOKENS if self._length > 2 * _SPARE_TOKENS else self._length // 2
-        )
-        if len(ids) <= room:
-            return text
-        decoded: str = self._tokenizer.decode(ids[:room])
-        return decoded.rstrip("\ufffd")  # a character may have been cut
+        if len(ids) < MIN_DOCUMENT:
+            return None
+        room = max(self.length - _SPARE_TOKENS, self.length // 2)
+        if len(ids) > room:
+            decoded: str = self._tokenizer.decode(ids[:room])
+            text = decoded.rstrip("\ufffd")  # a character may have been cut
+        return make_pair(text, rng)
 
     def _encode(self, text: str) -> list[int]:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
@@ -82,7 +82,7 @@ class Reader:
 
 
 def collect(
-    files: Sequence[CorpusFile], reader: Reader, *, needed: int, length: int, seed: int
+    files: Sequence[CorpusFile], reader: Reader, *, needed: int, seed: int
 ) -> list[Reading]:
     """Up to `needed` readings, the same for the same files and seed, spread over the files.
 
@@ -95,7 +95,7 @@ def collect(
     readings: list[Reading] = []
     seen = 0
     bar = tqdm(total=needed, desc="reading data", disable=None)
-    for pair in _spread(order, reader, share=-(-needed // len(order)), length=length, rng=rng):
+    for pair in _spread(order, reader, share=-(-needed // len(order)), rng=rng):
         seen += 1
         if (reading := reader.reading(pair)) is not None:
             readings.append(reading)
@@ -106,23 +106,23 @@ def collect(
     if not readings:
         raise InputError(
             f"data= holds no usable pair: of {seen} questions none has a document of at least "
-            f"{MIN_DOCUMENT} tokens that fits length={length} with its answer; give other data or "
+            f"{MIN_DOCUMENT} tokens that fits length={reader.length} with its answer; give other data or "
             "another length="
         )
     return readings
 
 
 def _spread(
-    files: Sequence[CorpusFile], reader: Reader, *, share: int, length: int, rng: random.Random
+    files: Sequence[CorpusFile], reader: Reader, *, share: int, rng: random.Random
 ) -> Iterator[Pair]:
     """First some pairs of each file, then more of those that have them."""
     start, stop = 0, share
     while True:
         taken = 0
         for file in files:
-            for found in islice(_found(file, length), start, stop):
+            for found in islice(_found(file, reader.length), start, stop):
                 taken += 1
-                pair = make_pair(reader.fitted(found), rng) if isinstance(found, str) else found
+                pair = reader.asked_about(found, rng) if isinstance(found, str) else found
                 if pair is not None:
                     yield pair
         if not taken:

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from apb.attention.selection import max_pool, top_tokens
 from apb.compress.base import BlockView, Compressor
-
-SHARE = 8
-"""One token of so many is kept: the default `method.passing_len`."""
+from apb.train.retaining_labels import SHARE
 
 
 class Recall(NamedTuple):

@@ -23,7 +23,7 @@ from apb.compress.retaining_head import activation, head_inputs
 from apb.errors import InputError
 from apb.train.pairs import Reading
 from apb.train.reading_pass import ReadingPass
-from apb.train.retaining_labels import score_loss
+from apb.train.retaining_labels import SHARE, Objective
 
 _STATE = "training.pt"
 _CLIP = 0.5
@@ -38,11 +38,13 @@ class HeadRecipe:
         steps: of the optimiser, which is AdamW with a linear warm-up and a linear decay to 0.
         updates: steps per reading, each on a part of the document: more where reading is slow.
         hidden: size of the heads' hidden layer.
+        loss: `locret` (the paper's) or `top` (is a token among those to be kept?).
     """
 
     steps: int = 3000
     updates: int = 1
     hidden: int = 1024
+    loss: Objective = Objective.locret
     learning_rate: float = 5e-4
     warm_up: int = 300
     save_every: int = 10
@@ -69,16 +71,17 @@ class _LayerTrainer:
     def __init__(self, target: CompressorTarget, recipe: HeadRecipe) -> None:
         shape = target.shape
         self._target, self._num_layers = target, shape.num_layers
+        self._objective = recipe.loss
         self._act = activation(target.hidden_act)
         self.fc1 = nn.Linear(num_inputs(shape), recipe.hidden, bias=False, device=target.device)
         self.fc2 = nn.Linear(recipe.hidden, shape.num_kv_heads, bias=False, device=target.device)
         self._weights = [self.fc1.weight, self.fc2.weight]
         self._optimizer = torch.optim.AdamW(self._weights, betas=(0.9, 0.95))
 
-    def step(self, x_TI: Tensor, labels_KT: Tensor, rate: float) -> float:
+    def step(self, x_TI: Tensor, wanted_KT: Tensor, rate: float) -> float:
         """One step on some neighbouring tokens; returns the loss before it."""
         scores_KT = F.linear(self._act(self.fc1(x_TI)), self.fc2.weight).mT
-        loss = score_loss(scores_KT, labels_KT, num_layers=self._num_layers)
+        loss = self._objective.loss(scores_KT, wanted_KT, num_layers=self._num_layers)
         self._optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_value_(self._weights, _CLIP)
@@ -165,16 +168,15 @@ class HeadTrainer:
     @torch.inference_mode(False)
     def _learn(self, view: BlockView, labels_KS: Tensor) -> None:
         """The steps of one reading in one layer."""
-        layer = self._layers[view.layer_idx]
+        layer, recipe = self._layers[view.layer_idx], self._recipe
+        wanted_KS = recipe.loss.wanted(labels_KS, labels_KS.shape[1] // SHARE)
         with torch.enable_grad():
             for number, rows in self._parts(labels_KS.shape[1]):
                 x_TI = head_inputs(view, self._target.rotary, rows)
-                labels_KT = labels_KS[
-                    :, rows
-                ].clone()  # a tensor of inference cannot be learnt from
-                self._loss += layer.step(x_TI, labels_KT, self._recipe.rate(number)) / (
-                    self._recipe.updates
-                )
+                # What is made in inference mode cannot be learnt from.
+                wanted_KT = wanted_KS[:, rows].clone()
+                loss = layer.step(x_TI, wanted_KT, recipe.rate(number))
+                self._loss += loss / recipe.updates
 
     def _parts(self, num_tokens: int) -> Iterator[tuple[int, slice]]:
         """Steps and the rows they are for, in an order that differs from reading to reading."""
@@ -193,7 +195,8 @@ class HeadTrainer:
         return self._readings[int(order[place])]
 
     def _settings(self) -> dict[str, object]:
-        return {"identity": self._identity, **asdict(self._recipe)}
+        recipe = asdict(self._recipe)
+        return {"identity": self._identity, **recipe, "loss": self._recipe.loss.value}
 
     def _save(self) -> None:
         state = {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from apb.arguments import parse_words, paths_of, whole_number
-from apb.compress.base import Compressor, CompressorTarget
+from apb.compress.base import Compressor, CompressorConfig, CompressorTarget
 from apb.compress.knorm import KnormConfig
 from apb.compress.query import QueryConfig
 from apb.compress.random import RandomConfig
@@ -25,14 +27,17 @@ from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer
 from apb.train.pairs import Reader, Reading, collect
 from apb.train.reading_pass import ReadingPass
-from apb.train.recall import SHARE, Recall, RecallMeter
+from apb.train.recall import Recall, RecallMeter
 from apb.train.retaining import HeadRecipe, HeadTrainer
+from apb.train.retaining_labels import SHARE, Objective
 from apb.worker import choose_device
 
+T = TypeVar("T")
 _HEADS = "retaining_head"
 _RECIPE_KEYS = ("steps", "updates", "hidden", "warm_up", "seed")
 _NUMBERS = (*_RECIPE_KEYS, "length", "held_out")
-_WORDS = ("data", "output", "work", "field", "query_aware")
+_WORDS = ("data", "output", "work", "field", "query_aware", "loss", "learning_rate")
+_SWITCH = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +64,38 @@ class Options:
             if key in _NUMBERS
         }
         recipe = {key: numbers.pop(key) for key in _RECIPE_KEYS if key in numbers}
-        query_aware = values.get("query_aware", "true")
-        if query_aware not in ("true", "false"):
-            raise InputError(f"query_aware={query_aware} must be true or false")
         output = Path(values["output"]).expanduser()
         return cls(
             data=paths_of(values["data"]),
             output=output,
             work=Path(values.get("work", output / "work")).expanduser(),
             text_field=values.get("field", "text"),
-            query_aware=query_aware == "true",
-            recipe=HeadRecipe(**recipe),
+            query_aware=_choice(values, "query_aware", _SWITCH, "true"),
+            recipe=HeadRecipe(
+                **recipe,
+                loss=_choice(values, "loss", {item.value: item for item in Objective}, "locret"),
+                learning_rate=_learning_rate(values),
+            ),
             **numbers,
         )
+
+
+def _choice(values: Mapping[str, str], key: str, choices: Mapping[str, T], default: str) -> T:
+    value = values.get(key, default)
+    if value not in choices:
+        raise InputError(f"{key}={value} must be one of {', '.join(choices)}")
+    return choices[value]
+
+
+def _learning_rate(values: Mapping[str, str]) -> float:
+    given = values.get("learning_rate", str(HeadRecipe().learning_rate))
+    try:
+        rate = float(given)
+    except ValueError:
+        rate = math.nan
+    if not 0.0 < rate <= 1.0:
+        raise InputError(f"learning_rate={given} must be a number above 0 and at most 1")
+    return rate
 
 
 def train_heads(config: RunConfig, options: Options, command: str) -> list[str]:
@@ -99,7 +123,6 @@ def train_heads(config: RunConfig, options: Options, command: str) -> list[str]:
         files,
         reader,
         needed=options.recipe.num_readings + options.held_out,
-        length=options.length,
         seed=options.recipe.seed,
     )
     if len(readings) <= options.held_out:
@@ -151,21 +174,28 @@ def _compare(
     readings: Sequence[Reading],
 ) -> dict[str, Recall]:
     """The trained heads and the compressors that need no training, on documents not learnt from."""
-    trained = RetainingHeadConfig().build(seed=0)
-    trained.use(heads, target)
-    compressors: dict[str, Compressor] = {_HEADS: trained}
-    for name, other in (
-        ("query", QueryConfig()),
-        ("window", WindowConfig()),
+    compressors: dict[str, Compressor] = {}
+    for kernel in (5, 1):
+        trained = RetainingHeadConfig(kernel=kernel).build(seed=0)
+        trained.use(heads, target)
+        compressors[_HEADS + _pooling(kernel)] = trained
+    others: tuple[tuple[str, CompressorConfig], ...] = (
+        *(("query" + _pooling(kernel), QueryConfig(kernel=kernel)) for kernel in (5, 1)),
+        *(("window" + _pooling(kernel), WindowConfig(kernel=kernel)) for kernel in (5, 1)),
         ("knorm", KnormConfig()),
         ("random", RandomConfig()),
-    ):
+    )
+    for name, other in others:
         compressors[name] = other.build(seed=0)
         compressors[name].attach(target)
     meter = RecallMeter(compressors)
     for reading in readings:
         reading_pass.run(reading, meter.observe)
     return meter.recalls()
+
+
+def _pooling(kernel: int) -> str:
+    return "" if kernel > 1 else f", kernel={kernel}"
 
 
 def _figures(recalls: Mapping[str, Recall]) -> str:

@@ -1,15 +1,21 @@
 """What retaining heads learn: how much an answer looks at each token of the document.
 
-Letters: S tokens of the document, A of the answer, H query heads, K key/value heads, D head dim,
-C answer tokens at once, G query heads of a group.
+Letters: S tokens of the document, T of a part of it, P with the highest labels, A of the answer,
+H query heads, K key/value heads, D head dim, C answer tokens at once, G query heads of a group.
 """
 
 from __future__ import annotations
+
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apb.attention.selection import top_tokens
+
+SHARE = 8
+"""One token of so many is to be kept: the default `method.passing_len`."""
 _ANSWER_ROWS = 64
 """At once: with them the scores of a long document stay below the size of its keys."""
 _SMOOTHNESS = 2.5e-3
@@ -30,8 +36,28 @@ def answer_scores(q_HAD: Tensor, k_KSD: Tensor, scale: float) -> Tensor:
     return best_KS * scale
 
 
+class Objective(Enum):
+    """What heads are trained for: the labels themselves, or which tokens have the highest."""
+
+    locret = "locret"
+    top = "top"
+
+    def wanted(self, labels_KS: Tensor, budget: int) -> Tensor:
+        """What the scores of a whole document are compared with, from its labels."""
+        if self is Objective.locret:
+            return labels_KS
+        top_KP = top_tokens(labels_KS, budget)
+        return torch.zeros_like(labels_KS).scatter_(1, top_KP, 1.0)
+
+    def loss(self, scores_KT: Tensor, wanted_KT: Tensor, *, num_layers: int) -> Tensor:
+        """One layer's part of the loss of the model, which is the sum over the layers."""
+        if self is Objective.locret:
+            return score_loss(scores_KT, wanted_KT, num_layers=num_layers)
+        return F.binary_cross_entropy_with_logits(scores_KT, wanted_KT) / num_layers
+
+
 def score_loss(scores_KS: Tensor, labels_KS: Tensor, *, num_layers: int) -> Tensor:
-    """One layer's part of Locret's loss, whose sum over the layers is the loss of the model.
+    """One layer's part of Locret's loss.
 
     Smooth-L1 distance, mean over tokens, heads and layers, and the mean squared difference of
     neighbouring scores, summed over the layers with weight 2.5e-3.

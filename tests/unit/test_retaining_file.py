@@ -37,7 +37,9 @@ Tensors = dict[str, Tensor]
 
 def assert_same(left: RetainingHeads, right: RetainingHeads) -> None:
     for mine, theirs in zip(left.layers, right.layers, strict=True):
-        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(mine, theirs))
+        assert all(
+            torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(mine, theirs, strict=True)
+        )
 
 
 def write_sharded(folder: Path, shards: dict[str, Tensors]) -> None:
@@ -241,7 +243,7 @@ def _saved(path: Path, value: Any) -> Path:
 def test_a_missing_shard_and_a_damaged_index_are_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, whole_model())
     (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(InputError, match="names b.safetensors, which is missing"):
+    with pytest.raises(InputError, match=r"names b\.safetensors, which is missing"):
         RetainingHeads.read(tmp_path, SHAPE)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be read as an index"):
@@ -265,7 +267,7 @@ def test_weights_that_were_changed_do_not_have_their_sha256(tmp_path: Path) -> N
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="does not have the sha256|do not have the sha256"):
+    with pytest.raises(InputError, match="do not have the sha256"):
         RetainingHeads.read(path, SHAPE)
 
 
