@@ -106,8 +106,8 @@ def collect(
     if not readings:
         raise InputError(
             f"data= holds no usable pair: of {seen} questions none has a document of at least "
-            f"{MIN_DOCUMENT} tokens that fits length={reader.length} with its answer; give other data or "
-            "another length="
+            f"{MIN_DOCUMENT} tokens that fits length={reader.length} with its answer; give other "
+            "data or another length="
         )
     return readings
 

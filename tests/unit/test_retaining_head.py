@@ -16,7 +16,7 @@ from apb.attention.sdpa import SdpaBackend
 from apb.attention.selection import max_pool, top_tokens
 from apb.compress import retaining_head
 from apb.compress.base import BlockView
-from apb.compress.retaining_file import RetainingHeads
+from apb.compress.retaining_file import RetainingHead, RetainingHeads
 from apb.compress.retaining_head import (
     RetainingHeadCompressor,
     RetainingHeadConfig,
@@ -183,3 +183,25 @@ def test_heads_of_another_models_name_are_only_noted(caplog: pytest.LogCaptureFi
         assert not caplog.records
         make_compressor(replace(HEADS, model="other"))
     assert "made for other" in caplog.text
+
+
+def test_permuted_kv_heads_score_permuted() -> None:
+    """Where the weights are permuted with them."""
+    shape, block = TARGET.shape, draw_block(30)
+    order = torch.tensor([1, 0])
+    sizes = [heads * shape.head_dim for heads in (shape.num_heads, *[shape.num_kv_heads] * 2)]
+
+    def permuted(x_HX: Tensor) -> Tensor:
+        permuted_HX: Tensor = x_HX.unflatten(0, (shape.num_kv_heads, -1))[order].flatten(0, 1)
+        return permuted_HX
+
+    def permuted_head(head: RetainingHead) -> RetainingHead:
+        parts = [permuted(part.T).T for part in head.fc1_RI.split(sizes, dim=1)]
+        return RetainingHead(torch.cat(parts, dim=1), head.fc2_KR[order])
+
+    other = block._replace(
+        q_HSD=permuted(block.q_HSD), k_KSD=block.k_KSD[order], v_KSD=block.v_KSD[order]
+    )
+    heads = RetainingHeads(tuple(map(permuted_head, HEADS.layers)))
+    expected_KS = make_compressor().score(block)[order]
+    torch.testing.assert_close(make_compressor(heads).score(other), expected_KS)
