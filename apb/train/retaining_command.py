@@ -5,20 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from apb.arguments import parse_words, paths_of, whole_number
-from apb.compress.base import Compressor, CompressorConfig, CompressorTarget
-from apb.compress.knorm import KnormConfig
-from apb.compress.query import QueryConfig
-from apb.compress.random import RandomConfig
-from apb.compress.retaining_file import FILE_NAME, RetainingHeads
-from apb.compress.retaining_head import RetainingHeadConfig, activation
-from apb.compress.window import WindowConfig
+from apb.compress.retaining_file import FILE_NAME
+from apb.compress.retaining_head import activation
 from apb.config import RunConfig, compose_config
 from apb.corpus import find_files
 from apb.errors import InputError
@@ -27,16 +22,17 @@ from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer
 from apb.train.pairs import Reader, Reading, collect
 from apb.train.reading_pass import ReadingPass
-from apb.train.recall import Recall, RecallMeter
+from apb.train.recall import HEADS, compare, figures, recall_card
 from apb.train.retaining import HeadRecipe, HeadTrainer
-from apb.train.retaining_labels import SHARE, Objective
+from apb.train.retaining_labels import Objective
 from apb.worker import choose_device
 
 T = TypeVar("T")
-_HEADS = "retaining_head"
 _RECIPE_KEYS = ("steps", "updates", "hidden", "warm_up", "seed")
 _NUMBERS = (*_RECIPE_KEYS, "length", "held_out")
 _WORDS = ("data", "output", "work", "field", "query_aware", "loss", "learning_rate")
+_LENGTH = 10240
+"""Tokens of a reading (Locret), where the model reads so many."""
 _SWITCH = {"true": True, "false": False}
 
 
@@ -48,7 +44,7 @@ class Options:
     output: Path
     work: Path
     text_field: str = "text"
-    length: int = 10240
+    length: int | None = None
     held_out: int = 32
     query_aware: bool = True
     recipe: HeadRecipe = field(default_factory=HeadRecipe)
@@ -99,28 +95,58 @@ def _learning_rate(values: Mapping[str, str]) -> float:
 
 
 def train_heads(config: RunConfig, options: Options, command: str) -> list[str]:
-    """Train, compare and write heads; returns what to say of them.
+    """Train, write and compare heads; returns what to say of them.
 
     Raises:
         InputError: nothing to learn from, or files of other settings in the way.
     """
-    files = find_files(options.data, field=options.text_field, setting="data")
     device = choose_device(config.device, 0)
     hf_config = load_config(config.model)
     dtype = choose_dtype(config.dtype, device)
     target = compressor_target(config.model, hf_config, device=device, dtype=dtype)
-    target.require_whole_rotary(_HEADS)
+    target.require_whole_rotary(HEADS)
     activation(target.hidden_act)
-    _check_length(options, hf_config.max_position_embeddings)
-    template = {"template": config.model.template, "user_template": config.model.user_template}
+    readings = _readings(config, options, hf_config.max_position_embeddings)
+    held_out, learnt = readings[: options.held_out], readings[options.held_out :]
+    model = CausalLM.load(config.model, dtype=dtype, device=device)
+    reading_pass = ReadingPass(model, config.backend.build(model.attention_target))
+    identity = _identity(config, readings)
+    trainer = HeadTrainer(
+        reading_pass, target, learnt, options.recipe, work=options.work, identity=identity
+    )
+    trainer.train()
+    heads = replace(trainer.heads(torch.bfloat16), note=command)
+    options.output.mkdir(parents=True, exist_ok=True)
+    heads.write(options.output / FILE_NAME)
+    recalls = compare(reading_pass, target, heads, held_out)
+    about = [
+        f"command: `{command}`",
+        f"data: {', '.join(options.data)}; {len(readings)} pairs, "
+        f"{sum(len(reading.ids_T) for reading in readings)} tokens, the question "
+        f"{'before and behind' if options.query_aware else 'behind'} the document",
+        f"recipe: {options.recipe}",
+        f"training took {trainer.seconds / 60:.0f} minutes on {torch.get_num_threads()} threads",
+    ]
+    card = recall_card(config.model.name, about, recalls, num_pairs=len(held_out))
+    (options.output / "README.md").write_text(card)
+    return [f"{options.output}: {figures(recalls)}"]
+
+
+def _readings(config: RunConfig, options: Options, max_positions: int) -> list[Reading]:
+    """Those that are held out, and those to learn from."""
+    if options.length is not None and options.length > max_positions:
+        raise InputError(
+            f"length={options.length} exceeds the {max_positions} tokens that the model reads: "
+            "lower length"
+        )
     reader = Reader(
         load_tokenizer(config.model),
-        template,
-        length=options.length,
+        {"template": config.model.template, "user_template": config.model.user_template},
+        length=options.length or min(_LENGTH, max_positions),
         query_aware=options.query_aware,
     )
     readings = collect(
-        files,
+        find_files(options.data, field=options.text_field, setting="data"),
         reader,
         needed=options.recipe.num_readings + options.held_out,
         seed=options.recipe.seed,
@@ -130,32 +156,7 @@ def train_heads(config: RunConfig, options: Options, command: str) -> list[str]:
             f"data= gives {len(readings)} usable pairs, which leave none beside "
             f"held_out={options.held_out}: give more data or hold out fewer"
         )
-    model = CausalLM.load(config.model, dtype=dtype, device=device)
-    reading_pass = ReadingPass(model, config.backend.build(model.attention_target))
-    trainer = HeadTrainer(
-        reading_pass,
-        target,
-        readings[options.held_out :],
-        options.recipe,
-        work=options.work,
-        identity=_identity(config, readings),
-    )
-    trainer.train()
-    heads = trainer.heads(torch.bfloat16)
-    recalls = _compare(reading_pass, target, heads, readings[: options.held_out])
-    options.output.mkdir(parents=True, exist_ok=True)
-    heads.write(options.output / FILE_NAME)
-    card = _card(config.model.name, options, command, trainer, readings, recalls)
-    (options.output / "README.md").write_text(card)
-    return [f"{options.output}: {_figures(recalls)}"]
-
-
-def _check_length(options: Options, max_positions: int) -> None:
-    if options.length > max_positions:
-        raise InputError(
-            f"length={options.length} exceeds the {max_positions} tokens that the model reads: "
-            "lower length"
-        )
+    return readings
 
 
 def _identity(config: RunConfig, readings: Sequence[Reading]) -> str:
@@ -165,76 +166,6 @@ def _identity(config: RunConfig, readings: Sequence[Reading]) -> str:
         digest.update(reading.ids_T.numpy().data)
         digest.update(repr(reading[1:]).encode())
     return digest.hexdigest()
-
-
-def _compare(
-    reading_pass: ReadingPass,
-    target: CompressorTarget,
-    heads: RetainingHeads,
-    readings: Sequence[Reading],
-) -> dict[str, Recall]:
-    """The trained heads and the compressors that need no training, on documents not learnt from."""
-    compressors: dict[str, Compressor] = {}
-    for kernel in (5, 1):
-        trained = RetainingHeadConfig(kernel=kernel).build(seed=0)
-        trained.use(heads, target)
-        compressors[_HEADS + _pooling(kernel)] = trained
-    others: tuple[tuple[str, CompressorConfig], ...] = (
-        *(("query" + _pooling(kernel), QueryConfig(kernel=kernel)) for kernel in (5, 1)),
-        *(("window" + _pooling(kernel), WindowConfig(kernel=kernel)) for kernel in (5, 1)),
-        ("knorm", KnormConfig()),
-        ("random", RandomConfig()),
-    )
-    for name, other in others:
-        compressors[name] = other.build(seed=0)
-        compressors[name].attach(target)
-    meter = RecallMeter(compressors)
-    for reading in readings:
-        reading_pass.run(reading, meter.observe)
-    return meter.recalls()
-
-
-def _pooling(kernel: int) -> str:
-    return "" if kernel > 1 else f", kernel={kernel}"
-
-
-def _figures(recalls: Mapping[str, Recall]) -> str:
-    means = ", ".join(f"{name} {recall.mean:.3f}" for name, recall in recalls.items())
-    return f"held-out recall of the top 1/{SHARE} of tokens, mean over layers: {means}"
-
-
-def _card(
-    model: str,
-    options: Options,
-    command: str,
-    trainer: HeadTrainer,
-    readings: Sequence[Reading],
-    recalls: Mapping[str, Recall],
-) -> str:
-    num_tokens = sum(len(reading.ids_T) for reading in readings)
-    order = "question, document, question, answer"
-    lines = [
-        f"# Retaining heads for {model}",
-        "",
-        f"* command: `{command}`",
-        f"* data: {', '.join(options.data)}; {len(readings)} pairs, {num_tokens} tokens, at most "
-        f"{options.length} each, read as {order if options.query_aware else order[10:]}",
-        f"* recipe: {options.recipe}",
-        f"* training took {trainer.seconds / 60:.0f} minutes on {torch.get_num_threads()} threads",
-        f"* {options.held_out} held-out pairs: share of the 1/{SHARE} of a document's tokens with "
-        "the highest labels that is among the same number of kept ones, per layer and KV head",
-        "",
-        "| compressor | mean recall | " + " | ".join(map(str, _layers(recalls))) + " |",
-        "|---|---|" + "---|" * len(_layers(recalls)),
-    ]
-    for name, recall in recalls.items():
-        cells = " | ".join(f"{share:.2f}" for share in recall.per_layer)
-        lines.append(f"| `{name}` | {recall.mean:.3f} +- {recall.error:.3f} | {cells} |")
-    return "\n".join([*lines, ""])
-
-
-def _layers(recalls: Mapping[str, Recall]) -> range:
-    return range(len(recalls[_HEADS].per_layer))
 
 
 def run(arguments: Sequence[str], command: str) -> list[str]:
