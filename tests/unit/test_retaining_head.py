@@ -80,9 +80,9 @@ def projections(name: str, ids: tuple[int, ...]) -> tuple[list[BlockView], list[
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_read_the_projections_before_rope(name: str) -> None:
     """With biases (Qwen2), and behind the norms of q and k where the model has them (Qwen3)."""
-    views, expected = projections(name, random_ids(50, seed=3))
+    views, expected = projections(name, random_ids(150, seed=3))
     for view, expected_TI in zip(views, expected, strict=True):
-        x_TI = head_inputs(view, target_of(name).rotary, slice(0, 50))
+        x_TI = head_inputs(view, target_of(name).rotary, slice(0, 150))
         torch.testing.assert_close(x_TI, expected_TI, rtol=1e-4, atol=1e-5)
 
 

@@ -131,7 +131,7 @@ def test_questions_are_of_all_kinds_and_the_same_for_the_same_seed() -> None:
 
 
 def write_data(folder: Path) -> None:
-    (folder / "a.txt").write_text("\n\n".join([TEXT] * 20))
+    (folder / "a.txt").write_text("\n\n".join([TEXT] * 80))
     with gzip.open(folder / "b.txt.gz", "wt") as file:
         file.write(TEXT.upper() * 12)
     records = [RECORD, {"text": TEXT}, {"instruction": f"{TEXT}\n\nWho?", "output": "No."}]
