@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,17 +70,17 @@ class _LayerTrainer:
 
     def __init__(self, target: CompressorTarget, recipe: HeadRecipe) -> None:
         shape = target.shape
-        self._target, self._num_layers = target, shape.num_layers
-        self._objective = recipe.loss
+        self._num_layers, self._objective = shape.num_layers, recipe.loss
         self._act = activation(target.hidden_act)
-        self.fc1 = nn.Linear(num_inputs(shape), recipe.hidden, bias=False, device=target.device)
-        self.fc2 = nn.Linear(recipe.hidden, shape.num_kv_heads, bias=False, device=target.device)
+        # Drawn on the CPU: the same for a seed on any device.
+        self.fc1 = nn.Linear(num_inputs(shape), recipe.hidden, bias=False).to(target.device)
+        self.fc2 = nn.Linear(recipe.hidden, shape.num_kv_heads, bias=False).to(target.device)
         self._weights = [self.fc1.weight, self.fc2.weight]
         self._optimizer = torch.optim.AdamW(self._weights, betas=(0.9, 0.95))
 
     def step(self, x_TI: Tensor, wanted_KT: Tensor, rate: float) -> float:
         """One step on some neighbouring tokens; returns the loss before it."""
-        scores_KT = F.linear(self._act(self.fc1(x_TI)), self.fc2.weight).mT
+        scores_KT = self.fc2(self._act(self.fc1(x_TI))).mT
         loss = self._objective.loss(scores_KT, wanted_KT, num_layers=self._num_layers)
         self._optimizer.zero_grad()
         loss.backward()
@@ -93,15 +93,14 @@ class _LayerTrainer:
     def head(self) -> RetainingHead:
         return RetainingHead(self.fc1.weight.detach(), self.fc2.weight.detach())
 
-    def state(self) -> dict[str, object]:
-        return {"head": tuple(self.head()), "optimizer": self._optimizer.state_dict()}
+    def state(self) -> dict[str, Any]:
+        return {"weights": list(self.head()), "optimizer": self._optimizer.state_dict()}
 
-    def load(self, state: dict[str, object]) -> None:
-        fc1_RI, fc2_KR = state["head"]  # type: ignore[misc]
+    def load(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
-            self.fc1.weight.copy_(fc1_RI)
-            self.fc2.weight.copy_(fc2_KR)
-        self._optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+            for weight, saved in zip(self._weights, state["weights"], strict=True):
+                weight.copy_(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
 
 
 class HeadTrainer:
@@ -194,7 +193,7 @@ class HeadTrainer:
         order = torch.randperm(len(self._readings), generator=generator)
         return self._readings[int(order[place])]
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> dict[str, Any]:
         recipe = asdict(self._recipe)
         return {"identity": self._identity, **recipe, "loss": self._recipe.loss.value}
 
