@@ -113,8 +113,15 @@ def figures(recalls: Mapping[str, Recall]) -> str:
 def recall_card(
     model: str, about: Sequence[str], recalls: Mapping[str, Recall], *, num_pairs: int
 ) -> str:
-    """The model card, with a table by compressor and layer."""
-    layers = range(len(recalls[HEADS].per_layer))
+    """The model card, with a table by layer and compressor."""
+    rows = [
+        ["layer", *(f"`{name}`" for name in recalls)],
+        ["---"] * (len(recalls) + 1),
+        ["all", *(f"{recall.mean:.3f} +- {recall.error:.3f}" for recall in recalls.values())],
+    ]
+    for layer in range(len(recalls[HEADS].per_layer)):
+        shares = [f"{recall.per_layer[layer]:.2f}" for recall in recalls.values()]
+        rows.append([str(layer), *shares])
     lines = [
         f"# Retaining heads for {model}",
         "",
@@ -123,10 +130,7 @@ def recall_card(
         "highest labels, the share that is among as many kept ones, mean over KV heads and "
         "documents, with its standard error over documents",
         "",
-        f"| compressor | all layers | {' | '.join(map(str, layers))} |",
-        "|---" * (len(layers) + 2) + "|",
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+        "",
     ]
-    for name, recall in recalls.items():
-        cells = " | ".join(f"{share:.2f}" for share in recall.per_layer)
-        lines.append(f"| `{name}` | {recall.mean:.3f} +- {recall.error:.3f} | {cells} |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)

@@ -54,6 +54,10 @@ class HeadRecipe:
     def num_readings(self) -> int:
         return -(-self.steps // self.updates)
 
+    def settings(self) -> dict[str, int | float | str]:
+        """By name."""
+        return {**asdict(self), "loss": self.loss.value}
+
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         rising = (step + 1) / max(1, self.warm_up)
@@ -194,8 +198,7 @@ class HeadTrainer:
         return self._readings[int(order[place])]
 
     def _settings(self) -> dict[str, Any]:
-        recipe = asdict(self._recipe)
-        return {"identity": self._identity, **recipe, "loss": self._recipe.loss.value}
+        return {"identity": self._identity, **self._recipe.settings()}
 
     def _save(self) -> None:
         state = {

@@ -124,7 +124,8 @@ def train_heads(config: RunConfig, options: Options, command: str) -> list[str]:
         f"data: {', '.join(options.data)}; {len(readings)} pairs, "
         f"{sum(len(reading.ids_T) for reading in readings)} tokens, the question "
         f"{'before and behind' if options.query_aware else 'behind'} the document",
-        f"recipe: {options.recipe}",
+        "recipe: AdamW, "
+        + ", ".join(f"{key}={value}" for key, value in options.recipe.settings().items()),
         f"training took {trainer.seconds / 60:.0f} minutes on {torch.get_num_threads()} threads",
     ]
     card = recall_card(config.model.name, about, recalls, num_pairs=len(held_out))
