@@ -37,6 +37,7 @@ FREE_TEXT = (
     *("prompt.document", "prompt.query", "model.path", "model.drafting", "output"),
     "method.layer_budgets",
     *("drafter.head", "drafter.vocabulary", "drafter.model"),
+    "method.compressor.heads",
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
 

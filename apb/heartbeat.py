@@ -31,7 +31,7 @@ class Stage(IntEnum):
 class Beat(NamedTuple):
     """A rank's progress at one moment."""
 
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]
     """Grows with every sign of progress."""
     pid: int = 0
     request: int = 0

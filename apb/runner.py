@@ -31,7 +31,6 @@ from apb.methods.decode import OWNER
 from apb.output import RequestOutput
 from apb.planning import Planner, Ready
 from apb.progress import Progress
-from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Question, RequestReader
@@ -226,12 +225,7 @@ class RequestRunner:
     ) -> Generator[Reply, None, RequestOutput]:
         """Decode after a prefill: yields the pieces of the text, returns the whole."""
         sampling = request.sampling
-        eos_ids = () if sampling.ignore_eos else tuple(self._eos_ids)
-        answer = AnswerText(
-            self._reader.tokenizer,
-            stop=sampling.stop,
-            stop_ids=(*eos_ids, *sampling.stop_token_ids),
-        )
+        answer = self._reader.answer(sampling, self._eos_ids)
         pieces, steps = list[str](), list[Step]()
         self._pulse.enter(Stage.DECODE, expected_s=self._planner.step_s(ready.plan))
 

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import save_file
 
 from apb import LLM, EngineDeadError, InputError, RequestError, SamplingParams
+from apb.config import compose_config
 from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.hf.model import load_config
+from apb.hf.shape import model_shape
 from apb.prompts.template import build_prompt
+from retaining_heads import published, random_heads
 
 DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 40
 QUESTION = "Who kept bees?"
@@ -105,6 +110,26 @@ def test_an_answer_goes_on_from_its_start() -> None:
         assert begun != ranks.ask(DOCUMENT, QUESTION, PARAMS).token_ids
     with LLM("tiny", world_size=1, method="full", overrides=["model.template=raw"]) as ranks:
         assert ranks.ask(prompt.context_ids, prompt.query_ids, PARAMS).token_ids == begun
+
+
+def test_trained_heads_select_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
+    config = compose_config(["+model=tiny"]).model
+    heads = random_heads(model_shape(load_config(config)), hidden_size=24)
+    save_file(published(heads), tmp_path / "model.safetensors")
+    logprobs = {}
+    for name, world_size, compressor in (
+        ("heads", 2, f"method.compressor.heads={tmp_path}"),
+        ("heads on one rank", 1, f"method.compressor.heads={tmp_path}"),
+        ("other", 1, "method/compressor=random"),
+    ):
+        overrides = ["method/compressor=retaining_head", "method.layout=even", compressor]
+        if name == "other":
+            overrides = overrides[1:]
+        overrides += ["method.min_block_len=64", "num_blocks=4"]
+        with LLM("tiny", world_size=world_size, overrides=overrides) as ranks:
+            logprobs[name] = ranks.logprobs(DOCUMENT, "The miller.", query=QUESTION)
+    assert logprobs["heads"] == pytest.approx(logprobs["heads on one rank"], abs=1e-5)
+    assert logprobs["heads"] != pytest.approx(logprobs["other"], abs=1e-5)
 
 
 def test_pieces_of_a_stream_make_up_the_answer(llm: LLM) -> None:

@@ -34,7 +34,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate", "frequency", "train", "evaluate"},
+    {"run", "fetch", "plan", "calibrate", "frequency", "train", "evaluate", "heads"},
 ]
 
 # A library may be imported only by these files and folders.
