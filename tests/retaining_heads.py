@@ -27,7 +27,8 @@ def random_heads(shape: ModelShape, *, hidden_size: int, seed: int = 0) -> Retai
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
+        weight: Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
+        return weight
 
     return RetainingHeads(
         tuple(
