@@ -29,7 +29,7 @@ from apb.train.recall import RecallMeter
 from apb.train.retaining import HeadRecipe, HeadTrainer
 from apb.train.retaining_labels import SHARE, Objective, score_loss
 from models import apb_model, hf_model, random_ids
-from retaining_heads import target_of
+from retaining_heads import target_of, tiny_shape
 
 TARGET = target_of("llama")
 RECIPE = HeadRecipe(steps=24, updates=2, hidden=16, learning_rate=3e-3, warm_up=4, save_every=3)
@@ -291,17 +291,9 @@ def test_the_command_trains_heads_that_load(
     assert all(name in said for name in ("retaining_head 0.", "knorm 0.", "random 0."))
     card = (tmp_path / "heads" / "README.md").read_text()
     assert "python -m apb.train retaining_heads" in card
-    tiny_target = RetainingHeads.read(tmp_path / "heads", _tiny_shape())
-    assert (tiny_target.hidden_size, tiny_target.model) == (8, "tiny")
+    heads = RetainingHeads.read(tmp_path / "heads", tiny_shape())
+    assert (heads.hidden_size, heads.model) == (8, "tiny")
     assert (tmp_path / "heads" / FILE_NAME).is_file()
-
-
-def _tiny_shape():  # type: ignore[no-untyped-def]
-    from apb.config import compose_config
-    from apb.hf.model import load_config
-    from apb.hf.shape import model_shape
-
-    return model_shape(load_config(compose_config(["+model=tiny"]).model))
 
 
 GOOD = ("retaining_heads", "+model=tiny", "data=pyproject.toml", "output=/nowhere/x")
