@@ -7,9 +7,11 @@ from torch import Tensor
 
 from apb.compress.base import CompressorTarget
 from apb.compress.retaining_file import RetainingHead, RetainingHeads, num_inputs
+from apb.config import compose_config
 from apb.cost import ModelShape
 from apb.hf.compressor_target import compressor_target
 from apb.hf.model import load_config
+from apb.hf.shape import model_shape
 from models import model_config
 
 LLAMA_8B = ModelShape(
@@ -27,7 +29,8 @@ def random_heads(shape: ModelShape, *, hidden_size: int, seed: int = 0) -> Retai
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
+        weight: Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
+        return weight
 
     return RetainingHeads(
         tuple(
@@ -53,3 +56,8 @@ def target_of(name: str) -> CompressorTarget:
     return compressor_target(
         config, load_config(config), device=torch.device("cpu"), dtype=torch.float32
     )
+
+
+def tiny_shape() -> ModelShape:
+    """Of the configuration `tiny`, which commands and `LLM` take by its name."""
+    return model_shape(load_config(compose_config(["+model=tiny"]).model))

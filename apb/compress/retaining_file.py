@@ -123,7 +123,7 @@ class RetainingHeads:
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             filled = {key: value for key, value in metadata.items() if value}
-            safetensors.torch.save_file(tensors, scratch, filled)
+            scratch.write_bytes(safetensors.torch.save(tensors, filled))
             os.replace(scratch, path)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error

@@ -56,8 +56,9 @@ class Reader:
         """
         prompt = build_prompt(self._tokenizer, pair.document, pair.question, **self._template)
         answer_ids = self._encode(pair.answer)
-        parts = [prompt.prefix_ids, prompt.query_ids if self._query_aware else ()]
-        parts += [prompt.document_ids, prompt.query_ids, answer_ids]
+        before = prompt.query_ids if self._query_aware else ()
+        parts: list[Sequence[int]] = [prompt.prefix_ids, before, prompt.document_ids]
+        parts += [prompt.query_ids, answer_ids]
         starts = [sum(map(len, parts[:place])) for place in range(len(parts) + 1)]
         if starts[-1] > self.length or len(parts[2]) < MIN_DOCUMENT or not answer_ids:
             return None

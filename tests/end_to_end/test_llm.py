@@ -15,12 +15,9 @@ import pytest
 from safetensors.torch import save_file
 
 from apb import LLM, EngineDeadError, InputError, RequestError, SamplingParams
-from apb.config import compose_config
 from apb.hf.byte_tokenizer import byte_tokenizer
-from apb.hf.model import load_config
-from apb.hf.shape import model_shape
 from apb.prompts.template import build_prompt
-from retaining_heads import published, random_heads
+from retaining_heads import published, random_heads, tiny_shape
 
 DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 40
 QUESTION = "Who kept bees?"
@@ -113,20 +110,18 @@ def test_an_answer_goes_on_from_its_start() -> None:
 
 
 def test_trained_heads_select_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
-    config = compose_config(["+model=tiny"]).model
-    heads = random_heads(model_shape(load_config(config)), hidden_size=24)
+    heads = random_heads(tiny_shape(), hidden_size=24)
     save_file(published(heads), tmp_path / "model.safetensors")
+    trained = ["method/compressor=retaining_head", f"method.compressor.heads={tmp_path}"]
+    cases = {
+        "heads": (2, trained),
+        "heads on one rank": (1, trained),
+        "other": (1, ["method/compressor=random"]),
+    }
+    common = ["method.layout=even", "method.min_block_len=64", "num_blocks=4"]
     logprobs = {}
-    for name, world_size, compressor in (
-        ("heads", 2, f"method.compressor.heads={tmp_path}"),
-        ("heads on one rank", 1, f"method.compressor.heads={tmp_path}"),
-        ("other", 1, "method/compressor=random"),
-    ):
-        overrides = ["method/compressor=retaining_head", "method.layout=even", compressor]
-        if name == "other":
-            overrides = overrides[1:]
-        overrides += ["method.min_block_len=64", "num_blocks=4"]
-        with LLM("tiny", world_size=world_size, overrides=overrides) as ranks:
+    for name, (world_size, compressor) in cases.items():
+        with LLM("tiny", world_size=world_size, overrides=[*compressor, *common]) as ranks:
             logprobs[name] = ranks.logprobs(DOCUMENT, "The miller.", query=QUESTION)
     assert logprobs["heads"] == pytest.approx(logprobs["heads on one rank"], abs=1e-5)
     assert logprobs["heads"] != pytest.approx(logprobs["other"], abs=1e-5)

@@ -20,7 +20,7 @@ from apb.compress.retaining_file import RetainingHeads
 from apb.cost import ModelShape
 from apb.errors import InputError
 from apb.heads import main
-from retaining_heads import LLAMA_8B, published, random_heads
+from retaining_heads import LLAMA_8B, published, random_heads, tiny_shape
 
 SHAPE = ModelShape(
     num_layers=3,
@@ -299,14 +299,6 @@ def test_the_command_converts_and_shows(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert main(["show", "+model=tiny", f"source={output}"]) == 0
     assert metadata["sha256"] in capsys.readouterr().out
-
-
-def tiny_shape() -> ModelShape:
-    from apb.config import compose_config
-    from apb.hf.model import load_config
-    from apb.hf.shape import model_shape
-
-    return model_shape(load_config(compose_config(["+model=tiny"]).model))
 
 
 @pytest.mark.parametrize(

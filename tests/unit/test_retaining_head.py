@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,11 @@ def test_scores_are_those_of_the_published_network(act: str) -> None:
     block = draw_block(45)
     compressor = make_compressor(replace(HEADS, activation=act))
     q_HSD, k_KSD = block.before_rope(TARGET.rotary)
-    activations = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+    activations: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "relu": F.relu,
+    }
     for token in range(45):
         x_I = torch.cat([x[:, token].flatten() for x in (q_HSD, k_KSD, block.v_KSD)])
         fc1_RI, fc2_KR = HEADS.layers[1]

@@ -36,8 +36,7 @@ def reader(*, length: int = 2000, query_aware: bool = True) -> Reader:
 
 
 def text_of(reading: Reading, part: slice) -> str:
-    decoded: str = TOKENIZER.decode(reading.ids_T[part].tolist())
-    return decoded
+    return str(TOKENIZER.decode(reading.ids_T[part].tolist()))
 
 
 @pytest.mark.parametrize("query_aware", [True, False])
@@ -141,7 +140,7 @@ def write_data(folder: Path) -> None:
 def test_readings_come_from_all_files_and_are_the_same_every_time(tmp_path: Path) -> None:
     write_data(tmp_path)
     files = find_files((str(tmp_path),), field="text", setting="data")
-    taken = [collect(files, reader(), needed=7, length=2000, seed=3) for _ in range(2)]
+    taken = [collect(files, reader(), needed=7, seed=3) for _ in range(2)]
     assert len(taken[0]) == 7
     for mine, theirs in zip(*taken, strict=True):
         assert mine.ids_T.tolist() == theirs.ids_T.tolist()
@@ -149,7 +148,7 @@ def test_readings_come_from_all_files_and_are_the_same_every_time(tmp_path: Path
     assert any("BAROMETER" in text for text in texts)
     assert any(text.startswith("A document.") for text in texts)
     assert all(len(reading.ids_T) <= 2000 for reading in taken[0])
-    other = collect(files, reader(), needed=7, length=2000, seed=4)
+    other = collect(files, reader(), needed=7, seed=4)
     assert [r.ids_T.tolist() for r in other] != [r.ids_T.tolist() for r in taken[0]]
 
 
@@ -159,10 +158,10 @@ def test_all_that_data_has_is_taken_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(lines[:18]))
     (tmp_path / "b.jsonl").write_text("\n".join(lines[18:]))
     files = find_files((str(tmp_path),), field="text", setting="data")
-    readings = collect(files, reader(), needed=100, length=2000, seed=0)
+    readings = collect(files, reader(), needed=100, seed=0)
     found = sorted(text_of(reading, reading.query) for reading in readings)
     assert len(found) == len(set(found)) == 20
-    few = collect(files, reader(), needed=5, length=2000, seed=0)
+    few = collect(files, reader(), needed=5, seed=0)
     assert len(few) == 5
 
 
@@ -182,5 +181,5 @@ def test_data_without_usable_pairs_is_one_sentence(
     (tmp_path / name).write_text(content)
     files = find_files((str(tmp_path),), field="text", setting="data")
     with pytest.raises(InputError, match=words) as caught:
-        collect(files, reader(), needed=2, length=2000, seed=0)
+        collect(files, reader(), needed=2, seed=0)
     assert "\n" not in str(caught.value)

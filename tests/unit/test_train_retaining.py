@@ -29,15 +29,17 @@ from apb.train.recall import RecallMeter
 from apb.train.retaining import HeadRecipe, HeadTrainer
 from apb.train.retaining_labels import SHARE, Objective, score_loss
 from models import apb_model, hf_model, random_ids
-from retaining_heads import target_of
+from retaining_heads import target_of, tiny_shape
 
 TARGET = target_of("llama")
 RECIPE = HeadRecipe(steps=24, updates=2, hidden=16, learning_rate=3e-3, warm_up=4, save_every=3)
 
 
 def make_reading(length: int, *, seed: int, answer_len: int = 9) -> Reading:
-    ids_T = torch.tensor(random_ids(length, seed=seed), dtype=torch.int32)
+    """Random tokens, and the same answer behind all of them: there is something to learn."""
     start = length - answer_len
+    ids = [*random_ids(start, seed=seed), *random_ids(answer_len, seed=1000)]
+    ids_T = torch.tensor(ids, dtype=torch.int32)
     return Reading(ids_T, slice(2, 6), slice(6, start - 4), slice(start, length))
 
 
@@ -279,27 +281,19 @@ def test_the_command_trains_heads_that_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sentence = "The mill of {0} stood by the river until number {0} was drowned in it. "
-    text = "".join(sentence.format(f"mill{number}") for number in range(150))
+    text = "".join(sentence.format(f"mill{number}") for number in range(900))
     (tmp_path / "text.txt").write_text(text)
     arguments = ["retaining_heads", "+model=tiny", f"data={tmp_path / 'text.txt'}"]
-    arguments += [f"output={tmp_path / 'heads'}", "length=700", "steps=4", "hidden=8"]
+    arguments += [f"output={tmp_path / 'heads'}", "length=1500", "steps=4", "hidden=8"]
     arguments += ["updates=2", "held_out=2", "loss=top", "learning_rate=0.01", "warm_up=0"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("retaining_head 0.", "knorm 0.", "random 0."))
     card = (tmp_path / "heads" / "README.md").read_text()
     assert "python -m apb.train retaining_heads" in card
-    tiny_target = RetainingHeads.read(tmp_path / "heads", _tiny_shape())
-    assert (tiny_target.hidden_size, tiny_target.model) == (8, "tiny")
+    heads = RetainingHeads.read(tmp_path / "heads", tiny_shape())
+    assert (heads.hidden_size, heads.model) == (8, "tiny")
     assert (tmp_path / "heads" / FILE_NAME).is_file()
-
-
-def _tiny_shape():  # type: ignore[no-untyped-def]
-    from apb.config import compose_config
-    from apb.hf.model import load_config
-    from apb.hf.shape import model_shape
-
-    return model_shape(load_config(compose_config(["+model=tiny"]).model))
 
 
 GOOD = ("retaining_heads", "+model=tiny", "data=pyproject.toml", "output=/nowhere/x")
@@ -317,7 +311,7 @@ GOOD = ("retaining_heads", "+model=tiny", "data=pyproject.toml", "output=/nowher
         ([*GOOD, "speed=9"], "unknown option speed=9"),
         ([*GOOD, "length=99999999"], "exceeds the 65536 tokens"),
         ([*GOOD, "length=100"], "no usable pair"),
-        ([*GOOD, "held_out=500", "length=2000"], "leave none beside held_out=500"),
+        ([*GOOD, "held_out=500", "length=20000"], "leave none beside held_out=500"),
         (
             ["retaining_heads", "+model=tiny", "data=/nowhere", "output=x"],
             "/nowhere does not exist",
