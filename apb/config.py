@@ -167,6 +167,22 @@ def register_configs() -> None:
             store.store(group=group, name=f"{name}_schema", node=schema)
 
 
+def recompose_config(old: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Another configuration for ranks and weights that serve `old`.
+
+    Raises:
+        InputError: as `compose_config`, or it needs other ranks or weights.
+    """
+    new = compose_config(overrides)
+    for name in ("model", "dtype", "device", "runtime", "allow_beyond_context", "world_size"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise InputError(
+                f"{name} cannot change from {before} to {after} between requests: make another LLM"
+            )
+    return new
+
+
 def plugin_name(group: str, config: object) -> str:
     """The name under which a plug-in's config stands in `PLUGINS`."""
     return next(name for name, schema in PLUGINS[group].items() if type(config) is schema)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -16,7 +16,7 @@ from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.local import LocalSession
 from apb.launchers.restart import RestartingSession
-from apb.output import RequestOutput
+from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
 Tokens = str | Sequence[int]
@@ -77,7 +77,7 @@ class LLM:
     def start(self) -> None:
         """Start the ranks if they are not there yet, as the first request would."""
         if self._opened is None:
-            self._opened = _open_session(self.config, self._overrides)
+            self._opened = _open_session(self.config, lambda: self._overrides)
 
     @property
     def _session(self) -> Session:
@@ -85,15 +85,29 @@ class LLM:
         assert self._opened is not None
         return self._opened
 
+    def configure(self, overrides: Sequence[str]) -> None:
+        """Take other settings from the next request on; ranks and weights stay.
+
+        `overrides` are all of them, as `from_overrides` takes them.
+
+        Raises:
+            InputError: they are wrong, or need other ranks or weights; nothing has changed then.
+        """
+        config = compose_config(overrides)
+        with self._request():
+            _result(self._session.call("configure", overrides=list(overrides)))
+            self.config, self._overrides = config, tuple(overrides)
+
     def ask(
         self,
         document: Tokens,
         question: Tokens,
         params: SamplingParams | None = None,
         *,
+        answer_start: str = "",
         timeout_s: float | None = None,
     ) -> RequestOutput:
-        """The answer to a question about a document.
+        """The answer to a question about a document; it goes on from `answer_start`, if given.
 
         `timeout_s`, by default the setting `request_timeout_s`, counts from when the ranks take the
         request; it ends within two layers or a token after that.
@@ -104,7 +118,7 @@ class LLM:
             EngineDeadError: the ranks are gone; others follow unless ``on_failure=stop``.
         """
         with self._request():
-            arguments = _ask_arguments(document, question, params)
+            arguments = _ask_arguments(document, question, params, answer_start)
             replies = self._session.call("ask", **arguments, **self._limits(timeout_s))
             return RequestOutput.from_json(_result(replies))
 
@@ -131,15 +145,25 @@ class LLM:
 
         `query` only steers what is compressed; it is not part of the text.
         """
+        return self.likelihood(document, continuation, query).logprobs
+
+    def likelihood(
+        self, document: Tokens, continuation: Tokens, query: Tokens | None = None
+    ) -> Likelihood:
+        """As `logprobs`, and whether each token is the one that greedy decoding would take."""
         with self._request():
-            arguments = {
-                "document": _plain(document),
-                "continuation": _plain(continuation),
-                "query": None if query is None else _plain(query),
-            }
-            replies = self._session.call("logprobs", **arguments, **self._limits(None))
-            values: list[float] = _result(replies)
-            return values
+            arguments = _continuation_arguments(document, continuation, query)
+            replies = self._session.call("likelihood", **arguments, **self._limits(None))
+            return Likelihood(**_result(replies))
+
+    def divergence(
+        self, document: Tokens, continuation: Tokens, query: Tokens | None = None
+    ) -> Divergence:
+        """As `logprobs`, beside exact attention over the same document, which is read twice."""
+        with self._request():
+            arguments = _continuation_arguments(document, continuation, query)
+            replies = self._session.call("divergence", **arguments, **self._limits(None))
+            return Divergence(**_result(replies))
 
     def make_needle(self, **arguments: Any) -> dict[str, str]:
         """A generated document around a fact, in this model's tokens (see `make_needle`)."""
@@ -184,17 +208,18 @@ class LLM:
                 self._holder = None
 
 
-def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
-    if config.launcher == "torchrun" or (config.launcher == "auto" and _inside_torchrun()):
+def _open_session(config: RunConfig, overrides: Callable[[], Sequence[str]]) -> Session:
+    """`overrides` says which settings hold at the time, as later ranks start with those."""
+    if config.launcher == "torchrun" or (config.launcher == "auto" and inside_torchrun()):
         # Here, as it imports transformers, which the driver of a local gang does without.
         from apb.launchers.torchrun import TorchrunSession
 
         return TorchrunSession(config)
-    world_size = config.world_size or _default_world_size(config)
+    world_size = config.world_size or default_world_size(config)
 
     def start(restarts: int) -> Session:
         return LocalSession(
-            overrides, world_size=world_size, supervision=config.supervision, restarts=restarts
+            overrides(), world_size=world_size, supervision=config.supervision, restarts=restarts
         )
 
     if config.on_failure == "stop":
@@ -202,11 +227,11 @@ def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
     return RestartingSession(start, config.supervision)
 
 
-def _inside_torchrun() -> bool:
+def inside_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _default_world_size(config: RunConfig) -> int:
+def default_world_size(config: RunConfig) -> int:
     import torch
 
     return 1 if config.device == "cpu" else max(1, torch.cuda.device_count())
@@ -232,12 +257,23 @@ def _override_value(value: str | float | bool) -> str:
 
 
 def _ask_arguments(
-    document: Tokens, question: Tokens, params: SamplingParams | None
+    document: Tokens, question: Tokens, params: SamplingParams | None, answer_start: str = ""
 ) -> dict[str, Any]:
     return {
         "document": _plain(document),
         "question": _plain(question),
+        "answer_start": answer_start,
         "params": asdict(params or SamplingParams()),
+    }
+
+
+def _continuation_arguments(
+    document: Tokens, continuation: Tokens, query: Tokens | None
+) -> dict[str, Any]:
+    return {
+        "document": _plain(document),
+        "continuation": _plain(continuation),
+        "query": None if query is None else _plain(query),
     }
 
 

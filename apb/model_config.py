@@ -36,7 +36,7 @@ class ModelConfig:
         name: what results call it.
         path: a folder, a GGUF file, a folder below the model home, or a Hub id.
         revision: Hub revision.
-        template: `auto`, `chat` or `plain` (see `apb.prompts.template`).
+        template: `auto`, `chat`, `plain` or `raw` (see `apb.prompts.template`).
         user_template: how document and question share the user's turn.
         architecture: random weights for this Hugging Face configuration instead of a checkpoint.
         weights_seed: seed of those random weights.

@@ -8,9 +8,28 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from apb.errors import InputError
+
+
+class Likelihood(NamedTuple):
+    """One value per token of a continuation."""
+
+    logprobs: list[float]
+    is_best: list[bool]
+    """Whether no other token is likelier there."""
+
+
+class Divergence(NamedTuple):
+    """One value per token of a continuation, in nats."""
+
+    logprobs: list[float]
+    """Of the token, after the document as the method has read it."""
+    exact: list[float]
+    """Of the token, with exact attention."""
+    kl: list[float]
+    """KL(exact || method) of the whole distributions there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

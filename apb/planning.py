@@ -36,6 +36,20 @@ class Ready(NamedTuple):
     """Of the audit, once the prefill has run."""
     rows: RankRows | None = None
     """What this rank has run, then."""
+    method: AttentionMethod | None = None
+    """Whose plan it is, if not the engine's own."""
+
+    def prefilled(self, prompt: PromptTokens, *, room: int, auditor: Auditor | None) -> Ready:
+        """With the context in the engine's cache."""
+        rows = self.engine.prefill(
+            prompt,
+            self.plan,
+            room=room,
+            placement=self.placement,
+            method=self.method,
+            auditor=auditor,
+        )
+        return self._replace(rows=rows)
 
 
 class Planner:
@@ -90,6 +104,18 @@ class Planner:
         method = config.build(seed=0)
         plan = method.plan(self._request(prompt, num_blocks=None))
         return method, replace(plan, method=plugin_name("method", config))
+
+    def exact_instead(
+        self, prompt: PromptTokens, worst: LayerFinding
+    ) -> tuple[AttentionMethod, PrefillPlan]:
+        """As `exact`, with a note on the finding that made it necessary."""
+        method, plan = self.exact(prompt)
+        note = (
+            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
+            f"above audit.max_error={self._config.audit.max_error}, so the document was read again "
+            f"with {plan.method}"
+        )
+        return method, replace(plan, notes=(*plan.notes, note))
 
     def layer_s(self, plan: PrefillPlan, method: AttentionMethod | None = None) -> float:
         """Predicted seconds of one layer on the slowest rank, by `method`'s plan."""

@@ -1,15 +1,27 @@
-"""Line charts for reports, legible on light and dark backgrounds."""
+"""Charts for reports, legible on light and dark backgrounds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from apb.errors import ApbError
 
 _INK = "#7d7d7d"
 _COLOURS = ("#1f8fd6", "#e07b00", "#2ca05a", "#c44e9c", "#a08400", "#6a6ae0", "#d04a3a")
+_NUDGE = 1.02
+"""Neighbouring series are drawn so much apart, so that their intervals do not hide each other."""
+
+
+class Interval(NamedTuple):
+    """A point with what is known of its height."""
+
+    x: float
+    y: float
+    low: float
+    high: float
 
 
 def plot_lines(
@@ -25,31 +37,69 @@ def plot_lines(
     Raises:
         ApbError: matplotlib is not installed.
     """
+    with _drawn(path, title=title, xlabel=x_label, ylabel=y_label) as axes:
+        for (name, points), colour in zip(series.items(), _COLOURS, strict=False):
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, ys, marker="o", color=colour, label=name)
+        axes.set(xscale="log", yscale="log")
+        _mark(axes, (x for points in series.values() for x, _ in points))
+    return path
+
+
+def plot_intervals(
+    path: Path,
+    series: Mapping[str, Sequence[Interval]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float],
+) -> Path:
+    """Write an SVG with a logarithmic x axis, one line with intervals per series.
+
+    Raises:
+        ApbError: matplotlib is not installed.
+    """
+    with _drawn(path, title=title, xlabel=x_label, ylabel=y_label) as axes:
+        for place, (name, points) in enumerate(series.items()):
+            shift = _NUDGE ** (place - (len(series) - 1) / 2)
+            axes.errorbar(
+                [shift * point.x for point in points],
+                [point.y for point in points],
+                yerr=[[p.y - p.low for p in points], [p.high - p.y for p in points]],
+                marker="o",
+                capsize=3,
+                color=_COLOURS[place % len(_COLOURS)],
+                label=name,
+            )
+        axes.set(xscale="log", ylim=y_range)
+        _mark(axes, (point.x for points in series.values() for point in points))
+    return path
+
+
+@contextmanager
+def _drawn(path: Path, **labels: str) -> Iterator[Any]:
+    """Axes to draw on, written to `path` in the end."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ApbError("plots need matplotlib: pip install 'apb[bench]'") from error
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "apb",
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-    }
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = dict.fromkeys(ink, _INK)
+    style |= {"svg.fonttype": "none", "svg.hashsalt": "apb"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        for (name, points), colour in zip(series.items(), _COLOURS, strict=False):
-            xs, ys = zip(*points, strict=True)
-            axes.plot(xs, ys, marker="o", color=colour, label=name)
-        ticks = sorted({x for points in series.values() for x, _ in points})
-        axes.set(xscale="log", yscale="log", title=title, xlabel=x_label, ylabel=y_label)
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
-        axes.set_xticks([], minor=True)
+        yield axes
+        axes.set(**labels)
         axes.grid(color=_INK, alpha=0.25)
         axes.legend(frameon=False)
         figure.savefig(path, transparent=True, metadata={"Date": None})
-    return path
+
+
+def _mark(axes: Any, xs: Iterable[float]) -> None:
+    """Ticks where there are points, and nowhere else."""
+    ticks = sorted(set(xs))
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+    axes.set_xticks([], minor=True)

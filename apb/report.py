@@ -84,11 +84,16 @@ class RequestMeter:
             acceptance_length=ranks[0]["acceptance_length"],
             tree_nodes=ranks[0]["tree_nodes"],
             draft_s=ranks[0]["draft_s"],
-            versions={name: _version(name) for name in ("apb", "torch", "transformers")},
+            versions=installed_versions(),
             device=device_name(self._comm.device),
             dtype=str(dtype).removeprefix("torch."),
             notes=list(plan.notes),
         )
+
+
+def installed_versions() -> dict[str, str]:
+    """Of what results depend on."""
+    return {name: _version(name) for name in ("apb", "torch", "transformers")}
 
 
 def _version(package: str) -> str:

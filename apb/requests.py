@@ -35,6 +35,8 @@ class Continuation(NamedTuple):
     prompt: PromptTokens
     rows: list[int]
     targets: list[int]
+    reread: int
+    """Tokens of the context that are among the rows: a document of one token is both."""
 
     @property
     def room(self) -> int:
@@ -50,8 +52,10 @@ class RequestReader:
         self._max_positions = max_positions
         self.tokenizer = load_tokenizer(config.model)
 
-    def question(self, document: Given, question: Given, params: dict[str, Any]) -> Question:
-        """A question about a document.
+    def question(
+        self, document: Given, question: Given, params: dict[str, Any], answer_start: str = ""
+    ) -> Question:
+        """A question about a document; the answer goes on from `answer_start`.
 
         Raises:
             InputError: empty, too long, or sampling settings out of range.
@@ -62,6 +66,7 @@ class RequestReader:
             question,
             template=self._config.model.template,
             user_template=self._config.model.user_template,
+            answer_start=answer_start,
         )
         sampling = SamplingParams(**params)
         max_tokens = self._max_tokens(prompt, sampling.max_tokens)
@@ -78,13 +83,12 @@ class RequestReader:
         document_ids = self._raw_ids(document, "document", at_start=True)
         targets = self._raw_ids(continuation, "continuation")
         steer = [] if query is None else self._raw_ids(query, "query")
-        if len(document_ids) < 2:
-            raise InputError("the document has one token and logprobs needs at least two")
         length = len(document_ids) + len(targets) - 1
         self._check_length(length, len(targets) - 1, "continuation")
         # The last document token is the first row that predicts; the context precedes it.
-        prompt = PromptTokens((), tuple(document_ids[:-1]), tuple(steer))
-        return Continuation(prompt, [document_ids[-1], *targets[:-1]], targets)
+        reread = 1 if len(document_ids) == 1 else 0
+        prompt = PromptTokens((), tuple(document_ids[:-1] or document_ids), tuple(steer))
+        return Continuation(prompt, [document_ids[-1], *targets[:-1]], targets, reread)
 
     def count_tokens(self, text: str) -> int:
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from apb.agreement import together
-from apb.attention.base import AttentionTarget
+from apb.attention.base import AttentionBackend, AttentionTarget
 from apb.comm import Communicator
-from apb.config import RunConfig, named_model, plugin_name
+from apb.config import RunConfig, named_model, plugin_name, recompose_config
 from apb.engine import Engine
 from apb.errors import InputError, NotFiniteError, RequestError
 from apb.generation import Step, generate
@@ -26,6 +25,8 @@ from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import stop_ids
 from apb.interrupt import Interrupt
+from apb.methods.audit import Auditor
+from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
 from apb.output import RequestOutput
 from apb.planning import Planner, Ready
@@ -33,12 +34,13 @@ from apb.progress import Progress
 from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
-from apb.requests import Continuation, Given, Question, RequestReader
-from apb.scoring import logprobs
+from apb.requests import Continuation, Question, RequestReader
+from apb.scoring import divergence, likelihood
 from apb.speculate.speculator import Speculator
 
 Reply = dict[str, Any]
 R = TypeVar("R", Question, Continuation)
+_Parts = tuple[AttentionMethod, AttentionBackend]
 
 
 class RequestRunner:
@@ -53,22 +55,32 @@ class RequestRunner:
         self._config, self._comm, self._pulse = config, comm, pulse or Pulse()
         self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
+        self._shape = model_shape(self._hf_config)
         max_positions: int = self._hf_config.max_position_embeddings
         self._reader = RequestReader(config, max_positions=max_positions)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
-        self._method = config.method.build(seed=config.seed)
-        self._method.attach(
-            compressor_target(config.model, self._hf_config, device=comm.device, dtype=self._dtype)
-        )
-        shape = model_shape(self._hf_config)
-        self._backend = config.backend.build(
-            AttentionTarget(comm.device, self._dtype, shape.head_dim)
-        )
-        self._planner = Planner(config, comm, self._method, shape=shape, dtype=self._dtype)
         self._progress = Progress(enabled=comm.rank == OWNER)
-        self._engine: Engine | None = None
+        self._model: CausalLM | None = None
         self._speculator: Speculator | None = None
+        self._configure(config, self._parts(config))
+
+    def _parts(self, config: RunConfig) -> _Parts:
+        device, dtype = self._comm.device, self._dtype
+        method = config.method.build(seed=config.seed)
+        method.attach(compressor_target(config.model, self._hf_config, device=device, dtype=dtype))
+        target = AttentionTarget(device, dtype, self._shape.head_dim)
+        return method, config.backend.build(target)
+
+    def _configure(self, config: RunConfig, parts: _Parts) -> None:
+        """Take settings under which loaded weights stay as they are."""
+        if self._model is not None and config.drafter != self._config.drafter:
+            self._speculator = None
+        self._config, (self._method, self._backend) = config, parts
+        self._planner = Planner(
+            config, self._comm, self._method, shape=self._shape, dtype=self._dtype
+        )
+        self._engine: Engine | None = None
 
     def handle(
         self, op: str, arguments: dict[str, Any], is_cancelled: Callable[[], bool] = lambda: False
@@ -100,10 +112,14 @@ class RequestRunner:
             case = make_needle(self._reader.count_tokens, **arguments)
             fields = {"document": case.document, "question": case.question, "answer": case.answer}
             yield {"result": fields}
+        elif op == "configure":
+            config = recompose_config(self._config, arguments["overrides"])
+            self._configure(config, together(self._comm, arguments, partial(self._parts, config)))
+            yield {"result": None}
         elif op == "ask":
-            yield from self._ask(**arguments)
-        elif op == "logprobs":
-            yield {"result": self._logprobs(**arguments)}
+            yield from self._ask(arguments)
+        elif op in ("likelihood", "divergence"):
+            yield {"result": self._score(op, arguments)}
         else:
             raise InputError(f"unknown request {op!r}")
 
@@ -119,29 +135,24 @@ class RequestRunner:
 
     def _load(self) -> Engine:
         """The engine; the first call loads the weights."""
-        if self._engine is None:
-            model = CausalLM.load(
-                self._config.model,
-                dtype=self._dtype,
-                device=self._comm.device,
-                chunk_len=self._config.runtime.chunk_len,
-            )
-            self._engine = Engine(
-                model=model,
-                method=self._method,
-                backend=self._backend,
-                comm=self._comm,
-                on_layer=self._after_layer,
-            )
-            if self.is_owner:
-                target = HfTarget(
-                    model,
-                    self._reader.tokenizer,
-                    self._eos_ids,
-                    self._config.model.drafting_folder,
-                    named_model,
-                )
-                self._speculator = Speculator(self._config.drafter, target)
+        model = self._model = self._model or CausalLM.load(
+            self._config.model,
+            dtype=self._dtype,
+            device=self._comm.device,
+            chunk_len=self._config.runtime.chunk_len,
+        )
+        self._engine = self._engine or Engine(
+            model=model,
+            method=self._method,
+            backend=self._backend,
+            comm=self._comm,
+            on_layer=self._after_layer,
+        )
+        if self.is_owner and self._speculator is None:
+            drafting = self._config.model.drafting_folder
+            tokenizer = self._reader.tokenizer
+            target = HfTarget(model, tokenizer, self._eos_ids, drafting, named_model)
+            self._speculator = Speculator(self._config.drafter, target)
         return self._engine
 
     def _after_layer(self, layer_idx: int) -> None:
@@ -158,7 +169,7 @@ class RequestRunner:
             request = read()
             plan = self._planner.plan(request.prompt)
             placement = self._planner.propose_placement(
-                plan, room=request.room, weights_loaded=self._engine is not None
+                plan, room=request.room, weights_loaded=self._model is not None
             )
             prepared_s = time.perf_counter() - begin
             return request, Ready(self._load(), plan, placement, prepared_s, [])
@@ -167,13 +178,9 @@ class RequestRunner:
         placement = self._planner.agree_on_placement(ready.placement)
         return request, ready._replace(placement=placement)
 
-    def _ask(
-        self, *, document: Given, question: Given, params: dict[str, Any]
-    ) -> Generator[Reply, None, None]:
-        request, ready = self._prepare(
-            [document, question, params],
-            partial(self._reader.question, document, question, params),
-        )
+    def _ask(self, arguments: dict[str, Any]) -> Generator[Reply, None, None]:
+        read = partial(self._reader.question, **arguments)
+        request, ready = self._prepare(arguments, read)
         meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
         if self._speculator is not None:
             prompt_ids = [*request.prompt.context_ids, *request.prompt.query_ids]
@@ -195,29 +202,24 @@ class RequestRunner:
 
     def _read(self, request: Question | Continuation, ready: Ready) -> Ready:
         """Prefill; once more and exactly where the audit finds too large an error."""
-        prefill = partial(
-            ready.engine.prefill, request.prompt, room=request.room, placement=ready.placement
-        )
         auditor = self._planner.auditor(ready.plan)
-        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(ready.plan))
-        rows = prefill(ready.plan, auditor=auditor)
-        self._interrupt.settle()
+        ready = self._prefill(request, ready, auditor)
         findings = [] if auditor is None else auditor.findings()
         limit = self._config.audit.max_error
         worst = max(findings, key=lambda finding: finding.output_error, default=None)
-        if worst is None or limit is None or worst.output_error <= limit:
-            return ready._replace(findings=findings, rows=rows)
-        method, plan = self._planner.exact(request.prompt)
-        self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
-        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(plan, method))
-        rows = prefill(plan, method=method)
+        if worst is not None and limit is not None and worst.output_error > limit:
+            method, plan = self._planner.exact_instead(request.prompt, worst)
+            self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
+            ready = self._prefill(request, ready._replace(plan=plan, method=method))
+        return ready._replace(findings=findings)
+
+    def _prefill(
+        self, request: Question | Continuation, ready: Ready, auditor: Auditor | None = None
+    ) -> Ready:
+        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(ready.plan, ready.method))
+        ready = ready.prefilled(request.prompt, room=request.room, auditor=auditor)
         self._interrupt.settle()
-        note = (
-            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
-            f"above audit.max_error={limit}, so the document was read again with {plan.method}"
-        )
-        plan = replace(plan, notes=(*plan.notes, note))
-        return ready._replace(findings=findings, plan=plan, rows=rows)
+        return ready
 
     def _answer(
         self, request: Question, ready: Ready, meter: RequestMeter
@@ -277,16 +279,21 @@ class RequestRunner:
             metrics=metrics,
         )
 
-    def _logprobs(
-        self, *, document: Given, continuation: Given, query: Given | None
-    ) -> list[float]:
-        request, ready = self._prepare(
-            [document, continuation, query],
-            partial(self._reader.continuation, document, continuation, query),
-        )
+    def _score(self, op: str, arguments: dict[str, Any]) -> dict[str, list[float]]:
+        read = partial(self._reader.continuation, **arguments)
+        request, ready = self._prepare([op, arguments], read)
+        engine = ready.engine
         try:
             ready = self._read(request, ready)
             self._pulse.enter(Stage.DECODE, expected_s=self._planner.prefill_s(ready.plan))
-            return logprobs(ready.engine, request.rows, request.targets)
+            engine.rewind(request.reread)
+            own_TM = engine.extend(request.rows).clone()
+            if op == "likelihood":
+                return likelihood(engine, own_TM, request.targets)._asdict()
+            method, plan = self._planner.exact(request.prompt)
+            self._prefill(request, ready._replace(plan=plan, method=method))
+            engine.rewind(request.reread)
+            exact_TM = engine.extend(request.rows)
+            return divergence(engine, own_TM, exact_TM, request.targets)._asdict()
         finally:
-            ready.engine.release()
+            engine.release()

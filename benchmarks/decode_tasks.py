@@ -10,7 +10,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from apb.errors import InputError
-from benchmarks.prose import PASSAGES
+from apb.evaluate.prose import PASSAGES
 
 SPEC_BENCH = ("summarization", "rag", "qa")
 QUOTING = "quoting"

@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from apb.errors import InputError
+from apb.evaluate.prose import PASSAGES
 from apb.prompts.needle_kinds import KINDS
 from benchmarks.environment import REPORTS, ROOT, Environment
-from benchmarks.prose import PASSAGES
 from benchmarks.quality_lab import METHODS, REFERENCE, Lab
 from benchmarks.quality_report import render, summarise
 from benchmarks.quality_tasks import NeedleTask, ProseTask, Row, Task

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from apb.evaluate.prose import PASSAGES
 from apb.prompts.base import PromptTokens
 from apb.prompts.needle import is_correct, make_needle
-from benchmarks.prose import PASSAGES
 from benchmarks.quality_lab import REFERENCE, Lab
 
 PROSE = "prose"

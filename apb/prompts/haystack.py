@@ -1,9 +1,9 @@
-"""Endless village chronicle, seeded: the text that the needles of `apb.prompts.needle` hide in."""
+"""Endless village chronicle, seeded: the text that needles hide in, and how they come there."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # No digit and no key of a needle occurs below, so a needle is found only where it was put.
 _PEOPLE = (
@@ -81,6 +81,29 @@ _FORMS = (
     "Nobody at {place} knew why {person} {deed} {thing}, but {other} believed that {view}.",
     "{time}, {thing} was found behind {place}, and {person} asked {other} to take it home.",
 )
+
+
+_SENTENCES_PER_PARAGRAPH = 6
+
+
+def weave(hay: Sequence[str], placed: Sequence[tuple[float, str]]) -> list[str]:
+    """The sentences of `hay` with others among them, each at its depth (0 to 1, not falling)."""
+    sentences: list[str] = []
+    done = 0
+    for depth, sentence in placed:
+        at = round(depth * len(hay))
+        sentences += [*hay[done:at], sentence]
+        done = at
+    sentences += hay[done:]
+    return sentences
+
+
+def paragraphs(sentences: Sequence[str]) -> str:
+    """Sentences as running text."""
+    starts = range(0, len(sentences), _SENTENCES_PER_PARAGRAPH)
+    return "\n\n".join(
+        " ".join(sentences[start : start + _SENTENCES_PER_PARAGRAPH]) for start in starts
+    )
 
 
 def chronicle(rng: random.Random) -> Iterator[str]:

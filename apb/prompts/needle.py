@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from apb.errors import InputError
-from apb.prompts.haystack import chronicle
+from apb.prompts.haystack import chronicle, paragraphs, weave
 from apb.prompts.needle_kinds import KINDS, Needles
 
-_SENTENCES_PER_PARAGRAPH = 6
 _MAX_GROWTHS = 16
 
 
@@ -106,14 +105,4 @@ def _take(source: Iterator[str], count: Callable[[str], int], spare: int) -> lis
 
 
 def _weave(hay: list[str], needles: Needles) -> str:
-    sentences: list[str] = []
-    done = 0
-    for depth, sentence in needles.placed:
-        at = round(depth * len(hay))
-        sentences += [*hay[done:at], sentence]
-        done = at
-    sentences += hay[done:]
-    starts = range(0, len(sentences), _SENTENCES_PER_PARAGRAPH)
-    return "\n\n".join(
-        " ".join(sentences[start : start + _SENTENCES_PER_PARAGRAPH]) for start in starts
-    )
+    return paragraphs(weave(hay, needles.placed))

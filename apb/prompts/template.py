@@ -31,22 +31,26 @@ def build_prompt(
     *,
     template: str = "auto",
     user_template: str = USER_TEMPLATE,
+    answer_start: str = "",
 ) -> PromptTokens:
     """Return the prompt that asks `question` about `document`.
 
     Text is kept to the letter, also where the template would trim it, and control tokens in it are
     text; token ids are used as they are. `template` is `chat` (the tokenizer's own), `plain` (what
-    the tokenizer starts every text with, `user_template`, a newline) or `auto` (`chat` if there is
-    one). `user_template` says how both stand in the user's turn and may itself use control tokens.
+    the tokenizer starts every text with, `user_template`, a newline), `raw` (document and question
+    and nothing else) or `auto` (`chat` if there is one). `user_template` says how both stand in the
+    user's turn and may itself use control tokens. The answer goes on from `answer_start`.
 
     Raises:
         InputError: either part is empty or not encodable, or a template is unusable.
     """
     use_chat = _use_chat(tokenizer, template)
-    frame = _user_frame(user_template)
+    frame = _user_frame("{document}{question}" if template == "raw" else user_template)
     if use_chat:
         frame = _chat_frame(tokenizer, frame)
         prefix = encode_markup(tokenizer, frame.before, at_start=True)
+    elif template == "raw":
+        prefix = []
     else:
         prefix = start_ids(tokenizer) + encode_markup(tokenizer, frame.before)
         frame = frame._replace(after=frame.after + "\n")
@@ -56,19 +60,21 @@ def build_prompt(
     question_ids = _part_ids(tokenizer, question, controls=controls, name="question")
     between = encode_markup(tokenizer, frame.between)
     after = encode_markup(tokenizer, frame.after)
+    if answer_start:
+        after += encode_plain(tokenizer, answer_start, controls=controls, name="answer_start")
     return PromptTokens(tuple(prefix), tuple(document_ids), (*between, *question_ids, *after))
 
 
 def _use_chat(tokenizer: Tokenizer, template: str) -> bool:
-    if template not in ("auto", "chat", "plain"):
+    if template not in ("auto", "chat", "plain", "raw"):
         raise InputError(
-            f"template={template!r} is none of auto, chat, plain; change model.template"
+            f"template={template!r} is none of auto, chat, plain, raw; change model.template"
         )
     if template == "chat" and not tokenizer.chat_template:
         raise InputError(
             "the tokenizer has no chat template for template='chat'; set model.template to plain"
         )
-    return template != "plain" and bool(tokenizer.chat_template)
+    return template not in ("plain", "raw") and bool(tokenizer.chat_template)
 
 
 def _user_frame(user_template: str) -> _Frame:

@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from apb import LLM, EngineDeadError, InputError, RequestError, SamplingParams
+from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.prompts.template import build_prompt
 
 DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 40
 QUESTION = "Who kept bees?"
@@ -44,6 +46,65 @@ def test_logprobs_with_every_token_passed_equal_full() -> None:
         exact = ranks.logprobs(DOCUMENT, continuation)
     assert len(exact) == len(continuation)
     assert passed == pytest.approx(exact, abs=1e-4)
+
+
+def test_a_document_of_one_token_is_scored_from_it_on(llm: LLM) -> None:
+    ids = list(DOCUMENT.encode())[:9]
+    whole = llm.logprobs(ids[:1], ids[1:])
+    assert whole[2:] == pytest.approx(llm.logprobs(ids[:3], ids[3:]), abs=1e-4)
+    with LLM("tiny", world_size=1, method="full") as ranks:
+        assert whole == pytest.approx(ranks.logprobs(ids[:1], ids[1:]), abs=1e-4)
+
+
+def test_likelihoods_know_what_greedy_decoding_takes() -> None:
+    first = SamplingParams(max_tokens=1, ignore_eos=True)
+    known = []
+    with LLM("tiny", world_size=1, method="full", overrides=["model.template=raw"]) as ranks:
+        for end in range(300, 308):
+            document = list(DOCUMENT.encode())[:end]
+            [best] = ranks.ask(document[:-1], document[-1:], first).token_ids
+            if best < 256:  # the model has more ids than its tokenizer
+                known.append(best)
+                assert ranks.likelihood(document, [best]).is_best == [True]
+                assert ranks.likelihood(document, [255 - best]).is_best == [False]
+    assert known
+
+
+def test_a_divergence_stands_beside_exact_attention(llm: LLM) -> None:
+    document, continuation = DOCUMENT, "The miller."
+    found = llm.divergence(document, continuation)
+    assert found.logprobs == pytest.approx(llm.logprobs(document, continuation), abs=1e-5)
+    with LLM("tiny", world_size=1, method="full") as ranks:
+        assert found.exact == pytest.approx(ranks.logprobs(document, continuation), abs=1e-4)
+        rounding = max(map(abs, ranks.divergence(document, continuation).kl))
+    assert rounding < 1e-6
+    assert max(found.kl) > 10 * rounding
+
+
+def test_other_settings_take_effect_without_new_ranks(llm: LLM) -> None:
+    before = llm.logprobs(DOCUMENT, "The miller.")
+    settings = ["model=tiny", "world_size=2"]
+    with LLM.from_overrides([*settings, "method=full"]) as ranks:
+        exact = ranks.logprobs(DOCUMENT, "The miller.")
+        ranks.configure([*settings, "method=apb", "method.min_block_len=64"])
+        assert ranks.logprobs(DOCUMENT, "The miller.") == before
+        assert ranks.ask(DOCUMENT, QUESTION, PARAMS).metrics.method == "apb"
+        for wrong, words in ((["dtype=bfloat16"], "dtype cannot"), (["num_blocks=x"], "num_block")):
+            with pytest.raises(InputError, match=words):
+                ranks.configure([*settings, *wrong])
+        assert ranks.config.dtype == "auto"
+        ranks.configure([*settings, "method=full", "drafter=none"])
+        assert ranks.logprobs(DOCUMENT, "The miller.") == exact
+        assert ranks.ask(DOCUMENT, QUESTION, PARAMS).metrics.drafter == "none"
+
+
+def test_an_answer_goes_on_from_its_start() -> None:
+    prompt = build_prompt(byte_tokenizer(), DOCUMENT, QUESTION, answer_start="The miller")
+    with LLM("tiny", world_size=1, method="full") as ranks:
+        begun = ranks.ask(DOCUMENT, QUESTION, PARAMS, answer_start="The miller").token_ids
+        assert begun != ranks.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+    with LLM("tiny", world_size=1, method="full", overrides=["model.template=raw"]) as ranks:
+        assert ranks.ask(prompt.context_ids, prompt.query_ids, PARAMS).token_ids == begun
 
 
 def test_pieces_of_a_stream_make_up_the_answer(llm: LLM) -> None:

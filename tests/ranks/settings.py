@@ -149,12 +149,14 @@ def apb_by_score(compressor: CompressorConfig, policy: LayoutPolicy, form: Ancho
     """Scored otherwise than by observed rows or norms."""
 
     def make(rng: Random, block_len: int) -> ApbConfig:
+        # Two keys are equally far from their mean, so that rounding would decide between them.
+        some = rng.randint(3, max(3, block_len // 3))
         return apb(
             compressor,
             policy,
             form,
             anchor_len=rng.randint(0, block_len),
-            passing_len=rng.randint(1, max(1, block_len // 3)),
+            passing_len=1.0 if block_len < 3 else some,
         )
 
     name = f"apb_by_{plugin_name('method/compressor', compressor)}-{policy.name}-{form.name}"

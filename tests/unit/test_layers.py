@@ -15,15 +15,17 @@ ROOT = Path(__file__).parents[2]
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
     {"errors", "paths", "heartbeat"},
-    {"layout", "balance", "cost", "hardware", "comm", "cache", "metrics", "sampling", "prompts"}
+    {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
     | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"}
-    | {"rotary", "supervision", "drain"},
+    | {"supervision", "drain"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
-    {"hf", "report", "table", "agreement", "calibration", "estimate"} | {"interrupt", "faults"},
+    {"hf", "report", "table", "agreement", "calibration", "estimate", "hardware"}
+    | {"interrupt", "faults"},
     {"engine"},
-    {"generation", "scoring"},
+    {"generation"},
+    {"scoring"},
     {"plugins"},
     {"config"},
     {"planning", "requests", "plan_report"},
@@ -32,7 +34,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate", "frequency", "train"},
+    {"run", "fetch", "plan", "calibrate", "frequency", "train", "evaluate"},
 ]
 
 # A library may be imported only by these files and folders.
@@ -47,6 +49,8 @@ HOMES = {
     "flash_attn_interface": ("apb/attention/flash.py",),
     "ray": ("apb/launchers/ray.py",),
     "pypdf": ("apb/prompts/document.py",),
+    "lm_eval": ("apb/evaluate/lm_eval.py",),
+    "matplotlib": ("apb/plot.py",),
 }
 FREE = {"omegaconf.MISSING"}  # the configuration beside each plug-in declares its mandatory fields
 

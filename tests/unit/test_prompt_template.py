@@ -167,6 +167,19 @@ def test_plain_has_no_bos_where_the_tokenizer_adds_none() -> None:
     assert build_prompt(tokenizer, "d", "q").prefix_ids == ()
 
 
+def test_raw_is_document_and_question_alone() -> None:
+    prompt = build_prompt(TOKENIZER, "d<|eos|>", "q", template="raw")
+    assert prompt == PromptTokens((), utf8("d<|eos|>"), utf8("q"))
+
+
+@pytest.mark.parametrize("template", ["chat", "plain", "raw"])
+def test_the_start_of_an_answer_follows_all_else_and_is_text(template: str) -> None:
+    begun = build_prompt(TOKENIZER, "d", "q", template=template, answer_start="It is<|eos|>")
+    alone = build_prompt(TOKENIZER, "d", "q", template=template)
+    assert begun.context_ids == alone.context_ids
+    assert begun.query_ids == alone.query_ids + utf8("It is<|eos|>")
+
+
 def test_auto_is_chat_only_with_a_chat_template() -> None:
     auto, chat = (
         build_prompt(TOKENIZER, "d", "q"),

@@ -1,0 +1,121 @@
+"""Runs what the journal does not hold yet, with one gang of ranks for all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from apb.config import RunConfig
+from apb.errors import InputError
+from apb.evaluate.cases import Item, Vocabulary, items
+from apb.evaluate.journal import Journal, Place, Row, read_evaluation
+from apb.evaluate.settings import Settings
+from apb.hf.model import load_config
+from apb.hf.tokenizer import load_tokenizer
+from apb.llm import LLM, inside_torchrun
+from apb.prompts.encode import control_tokens, encode_plain, start_ids
+
+_ROOM = 384
+"""Tokens that template, question and answer, or a continuation, may take beside a document."""
+
+
+def evaluate(settings: Settings) -> Sequence[Row]:
+    """The rows of all samples and methods, those of earlier runs included.
+
+    Raises:
+        InputError: the settings do not fit the model, the data or the folder.
+        ApbError: a request failed, or the folder cannot be written; finished rows are kept.
+    """
+    config = settings.config
+    if inside_torchrun() or config.launcher == "torchrun":
+        raise InputError("an evaluation starts its ranks itself: run it without torchrun")
+    _check_lengths(settings, config)
+    found = items(settings, _vocabulary(config), max_tokens=config.decode.max_tokens)
+    with closing(Journal(settings.output, settings.identity())) as journal:
+        _run_missing(settings, found, journal)
+        return [journal.rows[item.place, label] for item in found for label in settings.methods]
+
+
+def _check_lengths(settings: Settings, config: RunConfig) -> None:
+    limit = int(load_config(config.model).max_position_embeddings)
+    if settings.lengths[-1] + _ROOM > limit and not config.allow_beyond_context:
+        raise InputError(
+            f"lengths={settings.lengths[-1]} is beyond {config.model.name}, which reads {limit} "
+            f"tokens: give at most {limit - _ROOM}, or set allow_beyond_context=true"
+        )
+
+
+def _vocabulary(config: RunConfig) -> Vocabulary:
+    tokenizer = load_tokenizer(config.model)
+    controls = control_tokens(tokenizer, str(tokenizer.chat_template))
+    encode = partial(encode_plain, tokenizer, controls=controls, name="document")
+    return Vocabulary(encode, tuple(start_ids(tokenizer)))
+
+
+def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) -> None:
+    missing = {
+        item: todo
+        for item in found
+        if (
+            todo := [label for label in settings.methods if (item.place, label) not in journal.rows]
+        )
+    }
+    if not missing:
+        return
+    total = sum(map(len, missing.values()))
+    with (
+        closing(LLM.from_overrides(next(iter(settings.methods.values())))) as llm,
+        tqdm(total=total, unit="sample", disable=None) as bar,
+    ):
+        current = next(iter(settings.methods))
+        for item, todo in missing.items():
+            case = item.load()
+            for label in todo:
+                bar.set_description(f"{item.place.task} {item.place.length} {label}")
+                if label != current:
+                    llm.configure(settings.methods[label])
+                    current = label
+                config = llm.config
+                params = config.decode.sampling_params(seed=config.seed)
+                journal.append(case.run(llm, item.place, label, params))
+                bar.update()
+
+
+Baseline = tuple[str, Mapping[Place, Row]]
+"""A name, and the rows that others are compared with."""
+
+
+def first_method(settings: Settings, rows: Sequence[Row]) -> Baseline:
+    """The baseline where no other evaluation is."""
+    first = next(iter(settings.methods))
+    return first, {row.place: row for row in rows if row.method == first}
+
+
+def other_evaluation(folder: Path) -> Baseline:
+    """The first method of the evaluation in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    there, rows = read_evaluation(folder)
+    first = next(iter(there["methods"]))
+    chosen = {row.place: row for row in rows.values() if row.method == first}
+    return f"{folder.name}: {first}", chosen
+
+
+def check_comparable(rows: Sequence[Row], baseline: Baseline) -> None:
+    """Raises InputError unless the rows share samples with the baseline, and those are the same."""
+    name, others = baseline
+    shared = [row for row in rows if row.place in others]
+    if not shared:
+        raise InputError(f"baseline={name} shares no sample with this evaluation: give another")
+    for row in shared:
+        if others[row.place].digest != row.digest:
+            raise InputError(
+                f"baseline={name} has other documents than this evaluation (at {row.task}, "
+                f"{row.length}, {row.sample}): give one with the same model and seed"
+            )

@@ -1,0 +1,39 @@
+"""How answers are scored: strings that have to occur in them, or words they share."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+
+def match_all(text: str, answers: Sequence[str]) -> float:
+    """The share of `answers` that occur in `text`, in any case of letters (RULER, section 3)."""
+    return sum(_occurs(answer, text) for answer in answers) / len(answers)
+
+
+def match_part(text: str, answers: Sequence[str]) -> float:
+    """1 if any of `answers` occurs in `text`, in any case of letters, else 0 (RULER, section 3)."""
+    return float(any(_occurs(answer, text) for answer in answers))
+
+
+def word_f1(text: str, answers: Sequence[str]) -> float:
+    """F1 of the words of `text` against the best of `answers` (SQuAD, and LongBench's QA tasks).
+
+    Case, punctuation and English articles do not count.
+    """
+    return max(_f1(_words(text), _words(answer)) for answer in answers)
+
+
+def _occurs(answer: str, text: str) -> bool:
+    return answer.lower() in text.lower()
+
+
+def _words(text: str) -> Counter[str]:
+    plain = re.sub(r"[^\w\s]", "", text.lower())
+    return Counter(word for word in plain.split() if word not in ("a", "an", "the"))
+
+
+def _f1(given: Counter[str], wanted: Counter[str]) -> float:
+    common = (given & wanted).total()
+    return 2 * common / (given.total() + wanted.total()) if common else 0.0
