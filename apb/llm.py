@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -77,7 +77,7 @@ class LLM:
     def start(self) -> None:
         """Start the ranks if they are not there yet, as the first request would."""
         if self._opened is None:
-            self._opened = _open_session(self.config, self._overrides)
+            self._opened = _open_session(self.config, lambda: self._overrides)
 
     @property
     def _session(self) -> Session:
@@ -96,7 +96,7 @@ class LLM:
         config = compose_config(overrides)
         with self._request():
             _result(self._session.call("configure", overrides=list(overrides)))
-            self.config = config
+            self.config, self._overrides = config, tuple(overrides)
 
     def ask(
         self,
@@ -208,7 +208,8 @@ class LLM:
                 self._holder = None
 
 
-def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
+def _open_session(config: RunConfig, overrides: Callable[[], Sequence[str]]) -> Session:
+    """`overrides` says which settings hold at the time, as later ranks start with those."""
     if config.launcher == "torchrun" or (config.launcher == "auto" and inside_torchrun()):
         # Here, as it imports transformers, which the driver of a local gang does without.
         from apb.launchers.torchrun import TorchrunSession
@@ -218,7 +219,7 @@ def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
 
     def start(restarts: int) -> Session:
         return LocalSession(
-            overrides, world_size=world_size, supervision=config.supervision, restarts=restarts
+            overrides(), world_size=world_size, supervision=config.supervision, restarts=restarts
         )
 
     if config.on_failure == "stop":

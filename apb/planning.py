@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -37,6 +36,20 @@ class Ready(NamedTuple):
     """Of the audit, once the prefill has run."""
     rows: RankRows | None = None
     """What this rank has run, then."""
+    method: AttentionMethod | None = None
+    """Whose plan it is, if not the engine's own."""
+
+    def prefilled(self, prompt: PromptTokens, *, room: int, auditor: Auditor | None) -> Ready:
+        """With the context in the engine's cache."""
+        rows = self.engine.prefill(
+            prompt,
+            self.plan,
+            room=room,
+            placement=self.placement,
+            method=self.method,
+            auditor=auditor,
+        )
+        return self._replace(rows=rows)
 
 
 class Planner:
@@ -92,15 +105,27 @@ class Planner:
         plan = method.plan(self._request(prompt, num_blocks=None))
         return method, replace(plan, method=plugin_name("method", config))
 
+    def exact_instead(
+        self, prompt: PromptTokens, worst: LayerFinding
+    ) -> tuple[AttentionMethod, PrefillPlan]:
+        """As `exact`, with a note on the finding that made it necessary."""
+        method, plan = self.exact(prompt)
+        note = (
+            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
+            f"above audit.max_error={self._config.audit.max_error}, so the document was read again "
+            f"with {plan.method}"
+        )
+        return method, replace(plan, notes=(*plan.notes, note))
+
     def layer_s(self, plan: PrefillPlan, method: AttentionMethod | None = None) -> float:
         """Predicted seconds of one layer on the slowest rank, by `method`'s plan."""
         assert self._costs is not None, "predict before the ranks agree on costs"
         method = method or self._method
         return max(map(self._costs.layer_s, method.workloads(plan, self._shape)))
 
-    def prefill_s(self, plan: PrefillPlan, method: AttentionMethod | None = None) -> float:
+    def prefill_s(self, plan: PrefillPlan) -> float:
         """Predicted seconds of all layers: more than scoring a continuation afterwards takes."""
-        return self.layer_s(plan, method) * self._shape.num_layers
+        return self.layer_s(plan) * self._shape.num_layers
 
     def step_s(self, plan: PrefillPlan) -> float:
         """Predicted seconds of a decoding step; its first one reads a question, say a layer's worth
@@ -116,17 +141,6 @@ class Planner:
             return None
         sample = self._config.audit.sample()
         return Auditor(sample, plan, self._comm, self._shape, seed=self._config.seed)
-
-    def unacceptable(self, findings: Sequence[LayerFinding]) -> str | None:
-        """What an audit found beyond ``audit.max_error``; None where it is within, or not set."""
-        limit = self._config.audit.max_error
-        worst = max(findings, key=lambda finding: finding.output_error, default=None)
-        if worst is None or limit is None or worst.output_error <= limit:
-            return None
-        return (
-            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
-            f"above audit.max_error={limit}"
-        )
 
     def _request(self, prompt: PromptTokens, *, num_blocks: int | None) -> PlanRequest:
         assert self._costs is not None, "plan before the ranks agree on costs"

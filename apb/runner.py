@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import stop_ids
 from apb.interrupt import Interrupt
+from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
 from apb.output import RequestOutput
@@ -55,7 +55,8 @@ class RequestRunner:
         self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
         self._shape = model_shape(self._hf_config)
-        self._reader = RequestReader(config, max_positions=self._hf_config.max_position_embeddings)
+        max_positions: int = self._hf_config.max_position_embeddings
+        self._reader = RequestReader(config, max_positions=max_positions)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
         self._progress = Progress(enabled=comm.rank == OWNER)
@@ -200,25 +201,24 @@ class RequestRunner:
 
     def _read(self, request: Question | Continuation, ready: Ready) -> Ready:
         """Prefill; once more and exactly where the audit finds too large an error."""
-        prefill = partial(
-            ready.engine.prefill, request.prompt, room=request.room, placement=ready.placement
-        )
         auditor = self._planner.auditor(ready.plan)
-        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(ready.plan))
-        rows = prefill(ready.plan, auditor=auditor)
-        self._interrupt.settle()
+        ready = self._prefill(request, ready, auditor)
         findings = [] if auditor is None else auditor.findings()
-        loss = self._planner.unacceptable(findings)
-        if loss is None:
-            return ready._replace(findings=findings, rows=rows)
-        method, plan = self._planner.exact(request.prompt)
-        self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
-        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(plan, method))
-        rows = prefill(plan, method=method)
+        limit = self._config.audit.max_error
+        worst = max(findings, key=lambda finding: finding.output_error, default=None)
+        if worst is not None and limit is not None and worst.output_error > limit:
+            method, plan = self._planner.exact_instead(request.prompt, worst)
+            self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
+            ready = self._prefill(request, ready._replace(plan=plan, method=method))
+        return ready._replace(findings=findings)
+
+    def _prefill(
+        self, request: Question | Continuation, ready: Ready, auditor: Auditor | None = None
+    ) -> Ready:
+        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(ready.plan, ready.method))
+        ready = ready.prefilled(request.prompt, room=request.room, auditor=auditor)
         self._interrupt.settle()
-        note = f"{loss}, so the document was read again with {plan.method}"
-        plan = replace(plan, notes=(*plan.notes, note))
-        return ready._replace(findings=findings, plan=plan, rows=rows)
+        return ready
 
     def _answer(
         self, request: Question, ready: Ready, meter: RequestMeter
@@ -285,12 +285,7 @@ class RequestRunner:
             if op == "likelihood":
                 return likelihood(engine, own_TM, request.targets)._asdict()
             method, plan = self._planner.exact(request.prompt)
-            self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(plan, method))
-            engine.prefill(
-                request.prompt, plan, room=request.room, placement=ready.placement, method=method
-            )
-            self._interrupt.settle()
-            self._pulse.enter(Stage.DECODE, expected_s=self._planner.prefill_s(plan, method))
+            self._prefill(request, ready._replace(plan=plan, method=method))
             engine.rewind(request.reread)
             exact_TM = engine.extend(request.rows)
             return divergence(engine, own_TM, exact_TM, request.targets)._asdict()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, cast
 
 from apb.launchers.processes import RankProcess
@@ -20,27 +21,31 @@ _PRELOAD = ["apb.worker", "transformers.models.llama.modeling_llama"]
 class _Forked:
     """What the launcher uses of `subprocess.Popen`."""
 
-    def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
-        self._process = process
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid is not None
+        self._process, self.pid = process, process.pid
+        self._code: int | None = None
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        if self._code is None:
+            self._code = self._process.exitcode
+            if self._code is not None:
+                self._process.close()  # which has open files, other than a Popen that has ended
+        return self._code
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
+        if self._code is None:
+            self._process.join(timeout)
+        code = self.poll()
+        if code is None:
             raise subprocess.TimeoutExpired("a forked rank", timeout or 0.0)
-        return self._process.exitcode
+        return code
 
     def kill(self) -> None:
-        self._process.kill()
+        if self.poll() is None:
+            self._process.kill()
 
     def send_signal(self, number: signal.Signals) -> None:
-        assert self.pid is not None
         os.kill(self.pid, number)
 
 
