@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo model test long lint format wheel clean
+.PHONY: help demo model test faults long lint format wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,6 +16,9 @@ model: $(READY) ## fetch the demo model, 270 MB on disk
 
 test: model ## run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+faults: $(READY) ## kill, hang and spoil ranks in every stage, 5 minutes
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults"
 
 long: model ## run the tests that take too long for every day
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long

@@ -59,6 +59,11 @@ class KVCacheShard:
         kv_2KSD = self._kv_L2KSD[layer_idx, :, :, : self._length + pending]
         return kv_2KSD[0], kv_2KSD[1]
 
+    def first_not_finite(self, num_tokens: int) -> int | None:
+        """The first layer with NaN or infinity among the first tokens' keys or values."""
+        layers = self._kv_L2KSD[:, :, :, :num_tokens]
+        return next((idx for idx, kv in enumerate(layers) if not kv.isfinite().all()), None)
+
     def commit(self, positions_T: Tensor) -> None:
         """Make the rows that every layer has just written part of the shard."""
         stop = self._length + positions_T.shape[0]

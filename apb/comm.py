@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apb.errors import EngineDeadError
+from apb.errors import EngineDeadError, PeerLostError, RankFailure
+from apb.heartbeat import Pulse
 
 T = TypeVar("T")
 HEADER_BYTES = 128
@@ -75,6 +76,10 @@ class Communicator:
     bytes_received: int = 0
     defer_checks: bool = False
     """Leave the headers to `verify` instead of looking at each on arrival."""
+    pulse: Pulse | None = None
+    """Is told while this rank waits for others."""
+    control: dist.ProcessGroup | None = None
+    """A group of its own for `agree`, where the default one is not gloo or may fall out of step."""
     _unverified: list[tuple[list[tuple[int, ...]], Tensor]] = field(default_factory=list)
 
     def all_gather(self, x: Tensor, tag: Tag) -> Pending[Tensor]:
@@ -83,10 +88,12 @@ class Communicator:
             return Pending(lambda: x[None])
         sent_U = self._pack(x, tag)
         received_RU = sent_U.new_empty((self.world_size, sent_U.numel()))
-        work = _all_gather(received_RU.flatten(), sent_U, async_op=True)
+        works = self._begin(
+            tag, lambda: [_all_gather(received_RU.flatten(), sent_U, async_op=True)]
+        )
 
         def finish() -> Tensor:
-            work.wait()
+            self._await(tag, works)
             return self._accept(received_RU, range(self.world_size), tag, x)
 
         return Pending(finish)
@@ -96,10 +103,10 @@ class Communicator:
         if self.world_size == 1:
             return Pending(lambda: x)
         buffer_U = self._pack(x, tag, payload=self.rank == src)
-        work = dist.broadcast(buffer_U, src=src, async_op=True)
+        works = self._begin(tag, lambda: [dist.broadcast(buffer_U, src=src, async_op=True)])
 
         def finish() -> Tensor:
-            work.wait()
+            self._await(tag, works)
             return self._accept(buffer_U[None], [src], tag, x)[0]
 
         return Pending(finish)
@@ -118,11 +125,10 @@ class Communicator:
             *(dist.P2POp(dist.isend, buffer_U, rank) for rank, buffer_U in sent.items()),
             *(dist.P2POp(dist.irecv, buffer_U, rank) for rank, buffer_U in received.items()),
         ]
-        works = dist.batch_isend_irecv(operations) if operations else []
+        works = self._begin(tag, lambda: dist.batch_isend_irecv(operations)) if operations else []
 
         def finish() -> dict[int, Tensor]:
-            for work in works:
-                work.wait()
+            self._await(tag, works)
             sent.clear()  # only now may the allocator have the memory back
             return {
                 rank: self._accept(buffer_U[None], [rank], tag, incoming[rank])[0]
@@ -158,6 +164,44 @@ class Communicator:
             json.loads(bytes(text_U[:size].tolist()))
             for text_U, size in zip(texts_RU.cpu(), sizes_R, strict=True)
         ]
+
+    def agree(self, value: int, *, src: int) -> Pending[int]:
+        """Rank `src`'s small integer on every rank, beside the tensors' way and not counted."""
+        if self.world_size == 1:
+            return Pending(lambda: value)
+        tag = Tag(0, 0, Kind.CONTROL)
+        value_1 = torch.tensor([value], dtype=torch.uint8)
+        works = self._begin(
+            tag, lambda: [dist.broadcast(value_1, src=src, group=self.control, async_op=True)]
+        )
+
+        def finish() -> int:
+            self._await(tag, works)
+            return int(value_1)
+
+        return Pending(finish)
+
+    def _begin(self, tag: Tag, start: Callable[[], list[Any]]) -> list[Any]:
+        try:
+            return start()
+        except RuntimeError as error:
+            raise self._lost(tag, error) from error
+
+    def _await(self, tag: Tag, works: Sequence[Any]) -> None:
+        if self.pulse is not None and works:
+            self.pulse.wait(tag.step, tag.layer)
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise self._lost(tag, error) from error
+        if self.pulse is not None and works:
+            self.pulse.go_on()
+
+    def _lost(self, tag: Tag, error: RuntimeError) -> PeerLostError:
+        reason = str(error).strip().splitlines()[0]
+        name = tag.kind.name.lower()
+        return PeerLostError(f"rank {self.rank} lost another rank in {name} messages: {reason}")
 
     def _buffer(self, x: Tensor) -> Tensor:
         """Room for a header and `x`."""
@@ -206,9 +250,14 @@ class Communicator:
         expected = [fields for message, _ in self._unverified for fields in message]
         received_NU = torch.cat([headers_RU for _, headers_RU in self._unverified])
         self._unverified.clear()
-        for wanted, fields in zip(expected, received_NU.view(torch.int64).tolist(), strict=True):
+        if self.pulse is not None and self.defer_checks:  # a GPU's stream is waited for only here
+            self.pulse.wait(*expected[-1][1:3])
+        received = received_NU.view(torch.int64).tolist()
+        if self.pulse is not None and self.defer_checks:
+            self.pulse.go_on()
+        for wanted, fields in zip(expected, received, strict=True):
             if wanted != tuple(fields):
-                raise EngineDeadError(_mismatch(self.rank, wanted, fields))
+                raise _mismatch(self.rank, wanted, fields)
 
 
 def _fields(tag: Tag, source: int, x: Tensor) -> tuple[int, ...]:
@@ -222,7 +271,7 @@ def _payload(buffer_RU: Tensor, like: Tensor) -> Tensor:
     return flat_RN.unflatten(1, like.shape) if like.dim() else flat_RN[:, 0]
 
 
-def _mismatch(rank: int, expected: Sequence[int], received: Sequence[int]) -> str:
+def _mismatch(rank: int, expected: Sequence[int], received: Sequence[int]) -> EngineDeadError:
     def describe(fields: Sequence[int]) -> str:
         magic, step, layer, kind, source, dtype, dim, *shape = fields
         if magic != _MAGIC:
@@ -231,7 +280,13 @@ def _mismatch(rank: int, expected: Sequence[int], received: Sequence[int]) -> st
         element = str(_DTYPES[dtype]).removeprefix("torch.")
         return f"{name} of step {step}, layer {layer}, rank {source}, {element} {shape[:dim]}"
 
-    return (
+    message = (
         f"rank {rank} waited for {describe(expected)} and received {describe(received)}: "
         "a rank skipped or repeated a collective"
     )
+    # Who gets an older message than it waits for has itself left one out.
+    is_behind = received[0] == _MAGIC and tuple(received[1:3]) < tuple(expected[1:3])
+    suspect = rank if is_behind else expected[4]
+    place = f"layer {expected[2]} of step {expected[1]}"
+    failure = RankFailure(suspect, "", place, f"sent or missed the wrong message: {message}")
+    return EngineDeadError(message, failure)

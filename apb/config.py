@@ -29,6 +29,7 @@ from apb.plugins import PLUGINS
 from apb.prompts.source import PromptConfig
 from apb.sampling import SamplingParams
 from apb.speculate.base import DrafterConfig
+from apb.supervision import SupervisionConfig
 
 APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
@@ -36,6 +37,7 @@ FREE_TEXT = (
     *("prompt.document", "prompt.query", "model.path", "model.drafting", "output"),
     "method.layer_budgets",
     *("drafter.head", "drafter.vocabulary", "drafter.model"),
+    "method.compressor.heads",
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
 
@@ -117,6 +119,8 @@ class RunConfig:
         launcher: `auto` (torchrun inside one, else local), `local` or `torchrun`.
         world_size: ranks that the local launcher starts.
         output: a file for the result as JSON.
+        on_failure: of a rank: `restart` all ranks for the next request, or `stop`.
+        request_timeout_s: after which a request fails, counted from when the ranks take it.
     """
 
     model: ModelConfig = MISSING
@@ -127,6 +131,7 @@ class RunConfig:
     drafter: DrafterConfig = MISSING
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     num_blocks: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -135,11 +140,16 @@ class RunConfig:
     launcher: str = "auto"
     world_size: int | None = None
     output: str | None = None
+    on_failure: str = "restart"
+    request_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("launcher", self.launcher, ("auto", "local", "torchrun"))
+        _check_choice("on_failure", self.on_failure, ("restart", "stop"))
+        if self.request_timeout_s is not None and self.request_timeout_s <= 0:
+            raise InputError(f"request_timeout_s={self.request_timeout_s} must be positive")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         for name in ("num_blocks", "world_size"):

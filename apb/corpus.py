@@ -75,6 +75,18 @@ class CorpusFile:
         except _READ_ERRORS as error:
             raise InputError(f"{self.path} cannot be read: {error}") from error
 
+    def records(self) -> Generator[tuple[str, Any], None, None]:
+        """The records of a `.json` or `.jsonl`, each with its place.
+
+        Raises:
+            InputError: it cannot be read to its end, or a line is not JSON.
+        """
+        try:
+            with _opened(self.path) as (_, text):
+                yield from self._records(text)
+        except _READ_ERRORS as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from error
+
     def _contents(self, text: TextIO, max_chars: int) -> Iterator[tuple[str, str | list[Any]]]:
         if self.field is None:
             for piece in pieces(text, max_chars):
@@ -151,6 +163,11 @@ def find_texts(names: Sequence[str], *, field: str, setting: str) -> list[Corpus
     Raises:
         InputError: one of them does not exist or has no text, or the first record not that field.
     """
+    return _checked(find_files(names, field=field, setting=setting))
+
+
+def find_files(names: Sequence[str], *, field: str, setting: str) -> list[CorpusFile]:
+    """As `find_texts`, but without a look into records, which may have other fields."""
     files = []
     for name in names:
         folder, paths = _named(name, setting)
@@ -161,7 +178,7 @@ def find_texts(names: Sequence[str], *, field: str, setting: str) -> list[Corpus
         if not found:
             raise InputError(f"{setting}={name} holds no UTF-8 text file: give another folder")
         files += [CorpusFile(path, field if _is_jsonl(path) else None) for path in found]
-    return _checked(files)
+    return list(dict.fromkeys(files))
 
 
 def find_records(names: Sequence[str], *, field: str, setting: str) -> list[CorpusFile]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from apb.attention.base import AttentionBackend, LayerInputs
 from apb.cache import CacheShape, KVCacheShard
 from apb.comm import Communicator, Kind, Tag
+from apb.errors import RequestError
 from apb.methods.audit import Auditor
 from apb.methods.base import Attend, AttentionMethod, PrefillContext
 from apb.methods.decode import OWNER, ShardedDecode
@@ -45,13 +46,15 @@ class Engine:
         method: AttentionMethod,
         backend: AttentionBackend,
         comm: Communicator,
-        on_layer: Callable[[], None] = lambda: None,
+        on_layer: Callable[[int], None] = lambda layer_idx: None,
     ) -> None:
+        """`on_layer` follows each layer's attention; it may raise RequestError, on all ranks."""
         self.model, self.comm = model, comm
         self._method, self._backend = method, backend
         self._on_layer = on_layer
         self._alone = Communicator(OWNER, 1, comm.device)
         self._gathered = False
+        self._context_rows = 0
         self.step = 0
         self._cache: KVCacheShard | None = None
         self._decode: ShardedDecode | None = None
@@ -98,13 +101,19 @@ class Engine:
             auditor=auditor,
         )
         attend = self._observed((method or self._method).begin(context))
-        self.model.forward(rows.token_ids, self._positions(rows.positions), attend)
+        try:
+            self.model.forward(rows.token_ids, self._positions(rows.positions), attend)
+        except RequestError:  # given up by all ranks after the same layer: nothing stays under way
+            hand_off.finish()
+            self.comm.verify()
+            raise
         hand_off.finish()
         self.comm.verify()
         self.next_position = plan.layout.context_len
         if self._cache is not None:
             cached = hand_off.positions() if self._gathered else rows.positions[rows.local]
             self._cache.commit(self._positions(cached))
+            self._context_rows = len(self._cache)
             self._decode = ShardedDecode(self._cache, self.decode_comm, self._backend)
         return rows
 
@@ -175,6 +184,16 @@ class Engine:
         """Every rank's `value`, in rank order, on every rank."""
         return self.comm.all_gather_json(value, Tag(self._next_step(), 0, Kind.REPORT))
 
+    def where_not_finite(self) -> str:
+        """Where the document's keys or values went wrong first, in words; on all ranks."""
+        mine = None if self._cache is None else self._cache.first_not_finite(self._context_rows)
+        layers = self.comm.all_gather_json(mine, Tag(self._next_step(), 0, Kind.REPORT))
+        found = [(layer, rank) for rank, layer in enumerate(layers) if layer is not None]
+        if not found:
+            return "the document's keys and values are finite"
+        layer, rank = min(found)
+        return f"the document's keys and values are not from layer {layer} on, on rank {rank} first"
+
     def release(self) -> None:
         """Give the cache's memory back."""
         self._cache = self._decode = None
@@ -196,7 +215,7 @@ class Engine:
     def _observed(self, attend: Attend) -> Attend:
         def observed(layer: LayerInputs) -> Tensor:
             out_THD = attend(layer)
-            self._on_layer()
+            self._on_layer(layer.layer_idx)
             return out_THD
 
         return observed

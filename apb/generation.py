@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apb.comm import Kind, Tag
 from apb.engine import Engine
-from apb.errors import RequestError
+from apb.errors import NotFiniteError
 from apb.methods.decode import OWNER
 from apb.metrics import Timeline
 from apb.sampling import Sampler, SamplingParams
@@ -112,7 +112,7 @@ def generate(
         max_nodes: of a tree, the same on every rank.
 
     Raises:
-        RequestError: the logits are not finite, on every rank.
+        NotFiniteError: the logits are not finite, on every rank.
     """
     writer = None
     if engine.is_owner:
@@ -139,7 +139,7 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
             if time.monotonic() - told_at > _INSTALMENT_S:
                 engine.comm.all_gather_json({"steps": untold}, _FROM_OWNER)
                 untold, told_at = [], time.monotonic()
-    except RequestError as error:
+    except NotFiniteError as error:
         failure = str(error)
         raise
     finally:
@@ -155,7 +155,7 @@ def _told_by_owner(engine: Engine) -> Iterator[Step]:
         yield from (Step(*step) for step in told["steps"])
     engine.step, engine.next_position = told["state"]
     if told["failure"] is not None:
-        raise RequestError(told["failure"])
+        raise NotFiniteError(told["failure"])
 
 
 def _steps(
@@ -197,7 +197,7 @@ def _emitted(outcome: Outcome, position: int) -> Iterator[Step]:
     """The tokens of a forward pass from a position on; the last one says why it is the last."""
     if outcome.verdict is Verdict.NOT_FINITE:
         yield from (Step(token_id, None) for token_id in outcome.token_ids)
-        raise RequestError(not_finite(position + len(outcome.token_ids)))
+        raise NotFiniteError.at(position + len(outcome.token_ids))
     *earlier, last = outcome.token_ids
     yield from (Step(token_id, None) for token_id in earlier)
     ends = outcome.verdict is not Verdict.CONTINUE
@@ -271,11 +271,3 @@ class _Writer:
             # No larger than what is left: the cache has no room for more.
             tree = self._speculator.propose(outcome.token_ids[-1], room=self._left)
         return outcome._replace(tree=tree)
-
-
-def not_finite(position: int) -> str:
-    """What to say of logits that are not."""
-    return (
-        f"the logits at position {position} are not finite: the model overflowed, so try "
-        "dtype=float32 or check its weights"
-    )

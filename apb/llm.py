@@ -15,6 +15,7 @@ from apb.config import RunConfig, compose_config, model_names, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.local import LocalSession
+from apb.launchers.restart import RestartingSession
 from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
@@ -32,7 +33,7 @@ class LLM:
             every rank gets the result) or `auto`.
         overrides: any Hydra override, such as ``"method.anchor_len=256"``.
         settings: shorthand for the common ones: `method`, `backend`, `drafter`, `dtype`, `device`,
-            `num_blocks`, `seed`, `allow_beyond_context`.
+            `num_blocks`, `seed`, `allow_beyond_context`, `on_failure`, `request_timeout_s`.
 
     Raises:
         InputError: a wrong setting or model, before weights are read.
@@ -46,7 +47,7 @@ class LLM:
         world_size: int | None = None,
         launcher: str = "auto",
         overrides: Sequence[str] = (),
-        **settings: str | int | bool,
+        **settings: str | float | bool,
     ) -> None:
         named = {"launcher": launcher, "world_size": world_size, **settings}
         shorthand = [
@@ -73,11 +74,15 @@ class LLM:
         self._opened: Session | None = None
         self.config = compose_config(overrides)
 
-    @property
-    def _session(self) -> Session:
-        """The ranks, started by the first request."""
+    def start(self) -> None:
+        """Start the ranks if they are not there yet, as the first request would."""
         if self._opened is None:
             self._opened = _open_session(self.config, self._overrides)
+
+    @property
+    def _session(self) -> Session:
+        self.start()
+        assert self._opened is not None
         return self._opened
 
     def configure(self, overrides: Sequence[str]) -> None:
@@ -100,25 +105,34 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         answer_start: str = "",
+        timeout_s: float | None = None,
     ) -> RequestOutput:
         """The answer to a question about a document; it goes on from `answer_start`, if given.
 
+        `timeout_s`, by default the setting `request_timeout_s`, counts from when the ranks take the
+        request; it ends within two layers or a token after that.
+
         Raises:
             InputError: an empty or too long document or question; the LLM stays usable.
-            RequestError: the request failed while it ran; the LLM stays usable.
-            EngineDeadError: the ranks are gone.
+            RequestError: the request failed while it ran, or took too long; the LLM stays usable.
+            EngineDeadError: the ranks are gone; others follow unless ``on_failure=stop``.
         """
         with self._request():
             arguments = _ask_arguments(document, question, params, answer_start)
-            replies = self._session.call("ask", **arguments)
+            replies = self._session.call("ask", **arguments, **self._limits(timeout_s))
             return RequestOutput.from_json(_result(replies))
 
     def stream(
-        self, document: Tokens, question: Tokens, params: SamplingParams | None = None
+        self,
+        document: Tokens,
+        question: Tokens,
+        params: SamplingParams | None = None,
+        *,
+        timeout_s: float | None = None,
     ) -> Generator[str, None, None]:
         """The answer's text in pieces as they become certain. Closing the iterator cancels it."""
         with self._request():
-            arguments = _ask_arguments(document, question, params)
+            arguments = _ask_arguments(document, question, params) | self._limits(timeout_s)
             with closing(self._session.call("ask", **arguments)) as replies:
                 for reply in replies:
                     if reply.get("piece"):
@@ -139,7 +153,8 @@ class LLM:
         """As `logprobs`, and whether each token is the one that greedy decoding would take."""
         with self._request():
             arguments = _continuation_arguments(document, continuation, query)
-            return Likelihood(**_result(self._session.call("likelihood", **arguments)))
+            replies = self._session.call("likelihood", **arguments, **self._limits(None))
+            return Likelihood(**_result(replies))
 
     def divergence(
         self, document: Tokens, continuation: Tokens, query: Tokens | None = None
@@ -147,7 +162,8 @@ class LLM:
         """As `logprobs`, beside exact attention over the same document, which is read twice."""
         with self._request():
             arguments = _continuation_arguments(document, continuation, query)
-            return Divergence(**_result(self._session.call("divergence", **arguments)))
+            replies = self._session.call("divergence", **arguments, **self._limits(None))
+            return Divergence(**_result(replies))
 
     def make_needle(self, **arguments: Any) -> dict[str, str]:
         """A generated document around a fact, in this model's tokens (see `make_needle`)."""
@@ -171,6 +187,12 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _limits(self, timeout_s: float | None) -> dict[str, float]:
+        timeout_s = self.config.request_timeout_s if timeout_s is None else timeout_s
+        if timeout_s is not None and not timeout_s > 0:
+            raise InputError(f"timeout_s={timeout_s} must be positive")
+        return {} if timeout_s is None else {"timeout_s": timeout_s}
+
     @contextmanager
     def _request(self) -> Iterator[None]:
         """Other threads wait their turn; the same thread would wait for itself."""
@@ -192,7 +214,16 @@ def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
         from apb.launchers.torchrun import TorchrunSession
 
         return TorchrunSession(config)
-    return LocalSession(overrides, world_size=config.world_size or default_world_size(config))
+    world_size = config.world_size or default_world_size(config)
+
+    def start(restarts: int) -> Session:
+        return LocalSession(
+            overrides, world_size=world_size, supervision=config.supervision, restarts=restarts
+        )
+
+    if config.on_failure == "stop":
+        return start(0)
+    return RestartingSession(start, config.supervision)
 
 
 def inside_torchrun() -> bool:
@@ -220,7 +251,7 @@ def _model_overrides(model: str) -> list[str]:
     ]
 
 
-def _override_value(value: str | int | bool) -> str:
+def _override_value(value: str | float | bool) -> str:
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +13,30 @@ from apb.calibration import known_rates
 from apb.comm import Communicator
 from apb.config import RunConfig, plugin_name
 from apb.cost import CostModel, ModelShape, Rates
+from apb.engine import Engine
 from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement, choose_placement
-from apb.methods.plan import PlanRequest, PrefillPlan
+from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
 from apb.methods.zigzag import ZigzagConfig
 from apb.metrics import free_memory
+from apb.output import LayerFinding
 from apb.prompts.base import PromptTokens
+
+
+class Ready(NamedTuple):
+    """A request that every rank has checked, with the engine to run it."""
+
+    engine: Engine
+    plan: PrefillPlan
+    placement: Placement
+    prepared_s: float
+    """How long the checks took; loading is not among them."""
+    findings: list[LayerFinding]
+    """Of the audit, once the prefill has run."""
+    rows: RankRows | None = None
+    """What this rank has run, then."""
 
 
 class Planner:
@@ -74,12 +92,41 @@ class Planner:
         plan = method.plan(self._request(prompt, num_blocks=None))
         return method, replace(plan, method=plugin_name("method", config))
 
+    def layer_s(self, plan: PrefillPlan, method: AttentionMethod | None = None) -> float:
+        """Predicted seconds of one layer on the slowest rank, by `method`'s plan."""
+        assert self._costs is not None, "predict before the ranks agree on costs"
+        method = method or self._method
+        return max(map(self._costs.layer_s, method.workloads(plan, self._shape)))
+
+    def prefill_s(self, plan: PrefillPlan, method: AttentionMethod | None = None) -> float:
+        """Predicted seconds of all layers: more than scoring a continuation afterwards takes."""
+        return self.layer_s(plan, method) * self._shape.num_layers
+
+    def step_s(self, plan: PrefillPlan) -> float:
+        """Predicted seconds of a decoding step; its first one reads a question, say a layer's worth
+        of work.
+        """
+        assert self._costs is not None, "predict before the ranks agree on costs"
+        step_s = self._costs.step_s(plan.layout.context_len, world_size=self._comm.world_size)
+        return step_s + self.layer_s(plan)
+
     def auditor(self, plan: PrefillPlan) -> Auditor | None:
         """Who looks on while the plan runs; None where nobody is asked to."""
         if not self._config.audit.enabled:
             return None
         sample = self._config.audit.sample()
         return Auditor(sample, plan, self._comm, self._shape, seed=self._config.seed)
+
+    def unacceptable(self, findings: Sequence[LayerFinding]) -> str | None:
+        """What an audit found beyond ``audit.max_error``; None where it is within, or not set."""
+        limit = self._config.audit.max_error
+        worst = max(findings, key=lambda finding: finding.output_error, default=None)
+        if worst is None or limit is None or worst.output_error <= limit:
+            return None
+        return (
+            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
+            f"above audit.max_error={limit}"
+        )
 
     def _request(self, prompt: PromptTokens, *, num_blocks: int | None) -> PlanRequest:
         assert self._costs is not None, "plan before the ranks agree on costs"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from apb.config import RunConfig
 from apb.errors import InputError
 from apb.hf.tokenizer import load_tokenizer
+from apb.prompts.answer import AnswerText
 from apb.prompts.base import PromptTokens
 from apb.prompts.encode import checked_ids, control_tokens, encode_plain, start_ids
 from apb.prompts.template import build_prompt
@@ -71,6 +73,11 @@ class RequestReader:
         sampling = SamplingParams(**params)
         max_tokens = self._max_tokens(prompt, sampling.max_tokens)
         return Question(prompt, replace(sampling, max_tokens=max_tokens))
+
+    def answer(self, sampling: SamplingParams, eos_ids: Iterable[int]) -> AnswerText:
+        """The text of a question's answer, which grows token by token."""
+        stop_ids = (*(() if sampling.ignore_eos else eos_ids), *sampling.stop_token_ids)
+        return AnswerText(self.tokenizer, stop=sampling.stop, stop_ids=stop_ids)
 
     def continuation(
         self, document: Given, continuation: Given, query: Given | None

@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from apb.config import RunConfig, compose_config, normalised, register_configs
-from apb.errors import ApbError, InputError
+from apb.drain import EXIT_CODE, Terminated, draining
+from apb.errors import ApbError, EngineDeadError, InputError
 from apb.llm import LLM
 from apb.log import configure_logging, log_to_file
 from apb.output import RequestOutput, write_json
@@ -40,14 +41,27 @@ def main(arguments: Sequence[str]) -> int:
             compose_config(overrides)
         _run_hydra(overrides, rank)
     except ApbError as error:
-        # Bad input is found by every rank alike, and said once.
-        if rank == 0 or not isinstance(error, InputError):
-            who = f"apb: rank {rank}" if rank else "apb"
-            print(f"{who}: {error}", file=sys.stderr)  # noqa: T201
+        _report(error, rank)
+        if isinstance(error, EngineDeadError) and error.is_told:
+            os._exit(error.exit_code)  # an orderly end could wait for ranks that are gone
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        print("apb: ended by SIGTERM before there was an answer", file=sys.stderr)  # noqa: T201
+        return EXIT_CODE
     return 0
+
+
+def _report(error: ApbError, rank: int) -> None:
+    """One sentence and, of a rank that hung or failed, its stack; each of them once."""
+    if isinstance(error, EngineDeadError) and error.is_told:
+        return
+    # Bad input is found by every rank alike.
+    if rank == 0 or not isinstance(error, InputError):
+        who = f"apb: rank {rank}" if rank else "apb"
+        lines = [f"{who}: {error}", *getattr(error, "__notes__", ())]
+        print("\n".join(lines), file=sys.stderr)  # noqa: T201
 
 
 def _run_hydra(overrides: list[str], rank: int) -> None:
@@ -77,10 +91,14 @@ def _answer() -> None:
         log_to_file(folder / "run.log")
     config = compose_config(overrides)
     output_path = _output_path(config, folder) if is_first else folder
-    with closing(LLM.from_overrides(overrides)) as llm:
+    # There is no second request that other ranks could answer.
+    llm = LLM.from_overrides([*overrides, "on_failure=stop"])
+    with closing(llm):
         prompt = config.prompt.load(llm.make_needle, seed=config.seed)
         params = config.decode.sampling_params(seed=config.seed)
-        output = llm.ask(prompt.document, prompt.question, params)
+        llm.start()
+        with draining(config.supervision.drain_s):
+            output = llm.ask(prompt.document, prompt.question, params)
     if is_first:
         _show(prompt, output)
         write_json(output_path, output.to_json())

@@ -10,28 +10,27 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from apb.agreement import together
 from apb.attention.base import AttentionBackend, AttentionTarget
 from apb.comm import Communicator
 from apb.config import RunConfig, named_model, plugin_name, recompose_config
 from apb.engine import Engine
-from apb.errors import InputError
+from apb.errors import InputError, NotFiniteError, RequestError
 from apb.generation import Step, generate
+from apb.heartbeat import Pulse, Stage
 from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.shape import model_shape
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import stop_ids
+from apb.interrupt import Interrupt
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
-from apb.methods.placement import Placement
-from apb.methods.plan import PrefillPlan, RankRows
-from apb.output import LayerFinding, RequestOutput
-from apb.planning import Planner
+from apb.output import RequestOutput
+from apb.planning import Planner, Ready
 from apb.progress import Progress
-from apb.prompts.answer import AnswerText
 from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Question, RequestReader
@@ -43,34 +42,20 @@ R = TypeVar("R", Question, Continuation)
 _Parts = tuple[AttentionMethod, AttentionBackend]
 
 
-class _Ready(NamedTuple):
-    """A request that every rank has checked, with the engine to run it."""
-
-    engine: Engine
-    plan: PrefillPlan
-    placement: Placement
-    prepared_s: float
-    """How long the checks took; loading is not among them."""
-    findings: list[LayerFinding]
-    """Of the audit, once the prefill has run."""
-    rows: RankRows | None = None
-    """What this rank has run, then."""
-
-
 class RequestRunner:
     """Answers requests on one rank. The first request that passes its checks loads the weights."""
 
-    def __init__(self, config: RunConfig, comm: Communicator) -> None:
-        """Read configuration and tokenizer.
+    def __init__(self, config: RunConfig, comm: Communicator, pulse: Pulse | None = None) -> None:
+        """Read configuration and tokenizer. `pulse` is told what the rank is busy with.
 
         Raises:
             InputError: the model is not there or not supported, or does not fit the compressor.
         """
-        self._config, self._comm = config, comm
+        self._config, self._comm, self._pulse = config, comm, pulse or Pulse()
+        self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
         self._shape = model_shape(self._hf_config)
-        max_positions: int = self._hf_config.max_position_embeddings
-        self._reader = RequestReader(config, max_positions=max_positions)
+        self._reader = RequestReader(config, max_positions=self._hf_config.max_position_embeddings)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
         self._progress = Progress(enabled=comm.rank == OWNER)
@@ -104,6 +89,19 @@ class RequestRunner:
             InputError: a bad request, the same on every rank.
             RequestError: the request failed while it ran, on every rank.
         """
+        arguments = dict(arguments)
+        timeout_s = arguments.pop("timeout_s", None)
+        self._interrupt = Interrupt(self._comm, is_cancelled=is_cancelled, timeout_s=timeout_s)
+        self._pulse.take_request()
+        try:
+            self._pulse.enter(Stage.LOAD)
+            yield from self._replies(op, arguments)
+        except (InputError, RequestError, GeneratorExit):
+            self._pulse.enter(Stage.IDLE)
+            raise
+        self._pulse.enter(Stage.IDLE)  # what else is raised leaves the place where it happened
+
+    def _replies(self, op: str, arguments: dict[str, Any]) -> Generator[Reply, None, None]:
         if op == "load":
             self._planner.agree_on_costs()
             together(self._comm, op, self._check_and_load)
@@ -117,7 +115,7 @@ class RequestRunner:
             self._configure(config, together(self._comm, arguments, partial(self._parts, config)))
             yield {"result": None}
         elif op == "ask":
-            yield from self._ask(arguments, is_cancelled)
+            yield from self._ask(arguments)
         elif op in ("likelihood", "divergence"):
             yield {"result": self._score(op, arguments)}
         else:
@@ -146,7 +144,7 @@ class RequestRunner:
             method=self._method,
             backend=self._backend,
             comm=self._comm,
-            on_layer=self._progress.advance,
+            on_layer=self._after_layer,
         )
         if self.is_owner and self._speculator is None:
             drafting = self._config.model.drafting_folder
@@ -155,11 +153,16 @@ class RequestRunner:
             self._speculator = Speculator(self._config.drafter, target)
         return self._engine
 
-    def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, _Ready]:
+    def _after_layer(self, layer_idx: int) -> None:
+        self._progress.advance()
+        self._pulse.reach(layer_idx + 1)
+        self._interrupt.between_layers()
+
+    def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, Ready]:
         """Check and plan a request on all ranks, and load the model where that is still to do."""
         self._planner.agree_on_costs()
 
-        def prepare() -> tuple[R, _Ready]:
+        def prepare() -> tuple[R, Ready]:
             begin = time.perf_counter()
             request = read()
             plan = self._planner.plan(request.prompt)
@@ -167,15 +170,13 @@ class RequestRunner:
                 plan, room=request.room, weights_loaded=self._model is not None
             )
             prepared_s = time.perf_counter() - begin
-            return request, _Ready(self._load(), plan, placement, prepared_s, [])
+            return request, Ready(self._load(), plan, placement, prepared_s, [])
 
         request, ready = together(self._comm, arguments, prepare)
         placement = self._planner.agree_on_placement(ready.placement)
         return request, ready._replace(placement=placement)
 
-    def _ask(
-        self, arguments: dict[str, Any], is_cancelled: Callable[[], bool]
-    ) -> Generator[Reply, None, None]:
+    def _ask(self, arguments: dict[str, Any]) -> Generator[Reply, None, None]:
         read = partial(self._reader.question, **arguments)
         request, ready = self._prepare(arguments, read)
         meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
@@ -189,50 +190,44 @@ class RequestRunner:
             if self._speculator is not None and ready.rows is not None:
                 self._speculator.read(ready.rows.positions, ready.rows.local)
             self._progress.begin("answering, tokens", request.sampling.max_tokens)
-            output = yield from self._answer(request, ready, meter, is_cancelled)
+            output = yield from self._answer(request, ready, meter)
+        except NotFiniteError as error:
+            raise RequestError(f"{error}; {ready.engine.where_not_finite()}") from error
         finally:
             self._progress.close()
             ready.engine.release()
         yield {"result": output.to_json()}
 
-    def _read(self, request: Question | Continuation, ready: _Ready) -> _Ready:
+    def _read(self, request: Question | Continuation, ready: Ready) -> Ready:
         """Prefill; once more and exactly where the audit finds too large an error."""
         prefill = partial(
             ready.engine.prefill, request.prompt, room=request.room, placement=ready.placement
         )
         auditor = self._planner.auditor(ready.plan)
+        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(ready.plan))
         rows = prefill(ready.plan, auditor=auditor)
+        self._interrupt.settle()
         findings = [] if auditor is None else auditor.findings()
-        limit = self._config.audit.max_error
-        worst = max(findings, key=lambda finding: finding.output_error, default=None)
-        if worst is None or limit is None or worst.output_error <= limit:
+        loss = self._planner.unacceptable(findings)
+        if loss is None:
             return ready._replace(findings=findings, rows=rows)
         method, plan = self._planner.exact(request.prompt)
         self._progress.begin("reading exactly, layers", self._hf_config.num_hidden_layers)
+        self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(plan, method))
         rows = prefill(plan, method=method)
-        note = (
-            f"the audit found an output error of {worst.output_error:.3f} in layer {worst.layer}, "
-            f"above audit.max_error={limit}, so the document was read again with {plan.method}"
-        )
+        self._interrupt.settle()
+        note = f"{loss}, so the document was read again with {plan.method}"
         plan = replace(plan, notes=(*plan.notes, note))
         return ready._replace(findings=findings, plan=plan, rows=rows)
 
     def _answer(
-        self,
-        request: Question,
-        ready: _Ready,
-        meter: RequestMeter,
-        is_cancelled: Callable[[], bool],
+        self, request: Question, ready: Ready, meter: RequestMeter
     ) -> Generator[Reply, None, RequestOutput]:
         """Decode after a prefill: yields the pieces of the text, returns the whole."""
         sampling = request.sampling
-        eos_ids = () if sampling.ignore_eos else tuple(self._eos_ids)
-        answer = AnswerText(
-            self._reader.tokenizer,
-            stop=sampling.stop,
-            stop_ids=(*eos_ids, *sampling.stop_token_ids),
-        )
+        answer = self._reader.answer(sampling, self._eos_ids)
         pieces, steps = list[str](), list[Step]()
+        self._pulse.enter(Stage.DECODE, expected_s=self._planner.step_s(ready.plan))
 
         def is_last(token_id: int) -> bool:
             pieces.append(answer.push(token_id))
@@ -244,7 +239,7 @@ class RequestRunner:
             sampling,
             timeline=meter.timeline,
             is_last=is_last,
-            is_cancelled=is_cancelled,
+            is_cancelled=self._interrupt.is_due,
             speculator=self._speculator,
             max_nodes=self._config.drafter.max_nodes,
         ):
@@ -253,9 +248,12 @@ class RequestRunner:
                 is_last(step.token_id)
             steps.append(step)
             self._progress.advance()
+            self._pulse.reach(len(steps))
             yield {"piece": pieces.pop(0)}
         yield {"piece": answer.finish()}
         finish_reason = "stop" if answer.stopped else steps[-1].finish_reason or ""
+        if finish_reason == "cancelled":
+            self._interrupt.check_deadline()
         metrics = meter.metrics(
             request.prompt,
             ready.plan,
@@ -280,15 +278,19 @@ class RequestRunner:
         request, ready = self._prepare([op, arguments], read)
         engine = ready.engine
         try:
-            self._read(request, ready)
+            ready = self._read(request, ready)
+            self._pulse.enter(Stage.DECODE, expected_s=self._planner.prefill_s(ready.plan))
             engine.rewind(request.reread)
             own_TM = engine.extend(request.rows).clone()
             if op == "likelihood":
                 return likelihood(engine, own_TM, request.targets)._asdict()
             method, plan = self._planner.exact(request.prompt)
+            self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(plan, method))
             engine.prefill(
                 request.prompt, plan, room=request.room, placement=ready.placement, method=method
             )
+            self._interrupt.settle()
+            self._pulse.enter(Stage.DECODE, expected_s=self._planner.prefill_s(plan, method))
             engine.rewind(request.reread)
             exact_TM = engine.extend(request.rows)
             return divergence(engine, own_TM, exact_TM, request.targets)._asdict()

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from apb.comm import Kind, Tag
 from apb.engine import Engine
-from apb.errors import RequestError
-from apb.generation import not_finite
+from apb.errors import NotFiniteError
 from apb.methods.decode import OWNER
 from apb.output import Divergence, Likelihood
 
@@ -26,7 +25,7 @@ def logprobs(engine: Engine, token_ids: Sequence[int], targets: Sequence[int]) -
     """Log-probability of ``targets[i]`` after ``token_ids[i]``; `prefill` has run with room.
 
     Raises:
-        RequestError: the logits are not finite, on every rank.
+        NotFiniteError: the logits are not finite, on every rank.
     """
     return likelihood(engine, engine.extend(token_ids), targets).logprobs
 
@@ -35,7 +34,7 @@ def likelihood(engine: Engine, hidden_TM: Tensor, targets: Sequence[int]) -> Lik
     """How likely each target is where `Engine.extend` gave ``hidden_TM``.
 
     Raises:
-        RequestError: the logits are not finite, on every rank.
+        NotFiniteError: the logits are not finite, on every rank.
     """
     values: Any = []
     if engine.is_owner:
@@ -49,7 +48,7 @@ def divergence(
     """Two readings of the same rows compared, from what `Engine.extend` gave for each.
 
     Raises:
-        RequestError: the logits are not finite, on every rank.
+        NotFiniteError: the logits are not finite, on every rank.
     """
     values: Any = []
     if engine.is_owner:
@@ -91,5 +90,5 @@ def _agreed(engine: Engine, values: Any) -> Any:
     tag = Tag(engine.step, 0, Kind.CONTROL)
     found = engine.comm.all_gather_json(values, tag)[OWNER]
     if found is None:
-        raise RequestError(not_finite(engine.next_position - 1))
+        raise NotFiniteError.at(engine.next_position - 1)
     return found

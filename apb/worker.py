@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import shutil
+import signal
+import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from apb.comm import Communicator
 from apb.config import compose_config
-from apb.errors import ApbError, EngineDeadError, InputError, RequestError
+from apb.errors import InputError, RequestError
+from apb.faults import FaultInjector, FaultyCommunicator, planned_faults
+from apb.heartbeat import Beat, Board, Pulse, Stage
 from apb.log import configure_logging
 from apb.methods.decode import OWNER
 from apb.runner import RequestRunner
+from apb.supervision import Report
 
 _PARENT_CHECK_S = 1.0
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """Idle ranks wait out whole prefills; that a peer is gone shows at once, by its connection."""
+_STORE_TIMEOUT = timedelta(seconds=30)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -48,64 +58,136 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def begin_pulse(
+    rank: int, *, restarts: int = 0, slot: memoryview | None = None
+) -> tuple[Pulse, FaultInjector | None]:
+    """What the rank tells of its progress, and the faults that `APB_FAULTS` wants of it.
+
+    Raises:
+        InputError: the faults are not understood.
+    """
+    faults = planned_faults(os.environ, rank=rank, gang=restarts)
+    injector = FaultInjector(faults) if faults else None
+    pulse = Pulse(slot, on_mark=None if injector is None else injector.reach)
+    pulse.enter(Stage.START)
+    return pulse, injector
+
+
 def join_group(
-    rank: int, world_size: int, device: torch.device, *, init_method: str = "env://"
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    *,
+    init_method: str = "env://",
+    store: Store | None = None,
+    pulse: Pulse | None = None,
+    injector: FaultInjector | None = None,
 ) -> tuple[Communicator, Callable[[], None]]:
     """Meet the other ranks; returns how to talk to them and how to leave.
 
-    A process group that the caller has made already is used and left alone.
+    A process group that the caller has made already is used and left alone. They meet at `store`
+    if it is given, else as `init_method` says.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     leave: Callable[[], None] = lambda: None  # noqa: E731
+    if pulse is not None and world_size > 1:
+        pulse.wait(0, 0)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
+            init_method=None if store is not None else init_method,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=_COLLECTIVE_TIMEOUT,
         )
         leave = dist.destroy_process_group
-    deferred = device.type == "cuda"
-    return Communicator(rank, world_size, device, defer_checks=deferred), leave
+    control = dist.new_group(backend="gloo") if world_size > 1 else None
+    if pulse is not None:
+        pulse.go_on()
+    settings: dict[str, Any] = {
+        "defer_checks": device.type == "cuda",
+        "pulse": pulse,
+        "control": control,
+    }
+    if injector is not None:
+        return FaultyCommunicator(rank, world_size, device, injector=injector, **settings), leave
+    return Communicator(rank, world_size, device, **settings), leave
+
+
+def agent_keeps_store() -> bool:
+    """Whether torchrun's agent keeps the store; otherwise rank 0 does, once the ranks meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def open_store(prefix: str = "") -> Store:
+    """A connection of its own to the store that the environment names, to keys with that prefix."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+    return PrefixStore(prefix, store) if prefix else store
 
 
 def main() -> int:
     """A rank of the local launcher: serve requests from an inherited connection until it closes."""
     connection = Connection(int(os.environ["APB_CONNECTION"]))
-    rank = int(os.environ["RANK"])
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        _serve(connection, rank, int(os.environ["WORLD_SIZE"]))
-    except (EOFError, BrokenPipeError):
+        hello = _receive(connection)
+    except (EOFError, OSError):
         return 1  # the driver is gone, and with it whoever could be told
-    except ApbError as error:
-        _send(connection, {"error": str(error), "kind": type(error).__name__})
+    folder = Path(hello["folder"])
+    board = Board(folder / "board", world_size)
+    threading.Thread(target=_follow_driver, args=(folder, board), daemon=True).start()
+    stacks = (folder / f"stack-{rank}").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    slot = board.slot(rank)
+    try:
+        _serve(connection, hello, rank, world_size, slot)
+    except (EOFError, BrokenPipeError):
+        _end_all(folder, board)
+    except InputError as error:
+        _send(connection, {"error": str(error), "kind": InputError.__name__})
         return error.exit_code
     except Exception as error:
-        traceback.print_exc()
-        cause = f"rank {rank} failed: {type(error).__name__}: {error}"
-        _send(connection, {"error": cause, "kind": EngineDeadError.__name__})
+        host, place = socket.gethostname(), Beat.read(slot).place
+        report = Report.of(error, rank=rank, host=host, place=place, at_s=time.monotonic())
+        _send(connection, {"report": report})
         return 1
     return 0
 
 
-def _follow_parent() -> None:
+def _follow_driver(folder: Path, board: Board) -> None:
     """End with the driver, also where it was killed while this rank computes."""
-    parent = os.getppid()
-    while os.getppid() == parent:
+    driver = int(os.environ["APB_DRIVER"])
+    while os.getppid() == driver:
         time.sleep(_PARENT_CHECK_S)
+    _end_all(folder, board)
+
+
+def _end_all(folder: Path, board: Board) -> NoReturn:
+    """Clear up for all ranks: one that is stopped cannot."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for beat in board.read():
+        if beat.pid not in (0, os.getpid()):
+            with suppress(ProcessLookupError):
+                os.kill(beat.pid, signal.SIGKILL)
     os._exit(1)
 
 
-def _serve(connection: Connection, rank: int, world_size: int) -> None:
-    hello = _receive(connection)
+def _serve(
+    connection: Connection, hello: dict[str, Any], rank: int, world_size: int, slot: memoryview
+) -> None:
     configure_logging(rank, world_size)
     config = compose_config(hello["overrides"])
+    pulse, injector = begin_pulse(rank, restarts=hello["restarts"], slot=slot)
     device = choose_device(config.device, rank)
-    comm, leave = join_group(rank, world_size, device, init_method=hello["init_method"])
-    runner = RequestRunner(config, comm)
+    init_method = (Path(hello["folder"]) / "rendezvous").as_uri()
+    comm, leave = join_group(
+        rank, world_size, device, init_method=init_method, pulse=pulse, injector=injector
+    )
+    runner = RequestRunner(config, comm, pulse)
+    pulse.enter(Stage.IDLE)
     if rank == OWNER:
         _send(connection, {"result": None})
     while (request := _receive(connection))["op"] != "exit":

@@ -16,6 +16,8 @@ import torch
 
 from apb.calibration import known_rates
 from apb.compress.base import BlockView, Compressor
+from apb.compress.retaining_file import RetainingHead, RetainingHeads, num_inputs
+from apb.compress.retaining_head import RetainingHeadCompressor
 from apb.errors import InputError
 from apb.hf.model import DTYPES
 from apb.layout import Block
@@ -51,6 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--question", type=int, default=32, help="tokens that steer the anchor")
     parser.add_argument("--ranks", type=int, default=8, help="each with one block")
     parser.add_argument("--names", nargs="+", default=[*_COMPRESSORS], choices=_COMPRESSORS)
+    parser.add_argument("--hidden", type=int, default=1024, help="size of retaining heads")
     parser.add_argument("--layers", type=int, default=2, help="how many the replayed rank runs")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on the CPU")
@@ -123,12 +126,24 @@ def _layer_s(bench: Bench, case: Case, rank: int, args: argparse.Namespace) -> f
     return sum(run.phases_s.values()) / bench.scene.shape.num_layers
 
 
+def _attach(compressor: Compressor, bench: Bench, *, hidden_size: int) -> None:
+    """Heads of any model are drawn at random: what they cost does not depend on their weights."""
+    if not isinstance(compressor, RetainingHeadCompressor):
+        compressor.attach(bench.target)
+        return
+    shape = bench.target.shape
+    head = RetainingHead(
+        torch.randn(hidden_size, num_inputs(shape)), torch.randn(shape.num_kv_heads, hidden_size)
+    )
+    compressor.use(RetainingHeads((head,) * shape.num_layers), bench.target)
+
+
 def _measure(bench: Bench, case: Case, block: Block, args: argparse.Namespace) -> list[Cost]:
     compressors, reasons = dict[str, Compressor](), dict[str, str]()
     for name in args.names:
         compressors[name] = _COMPRESSORS[name]().build(seed=0)
         try:
-            compressors[name].attach(bench.target)
+            _attach(compressors[name], bench, hidden_size=args.hidden)
         except InputError as error:
             del compressors[name]
             reasons[name] = str(error)

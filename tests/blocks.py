@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from apb.compress.base import BlockView, Compressor, CompressorTarget
+from apb.compress.retaining_head import RetainingHeadCompressor
 from apb.cost import ModelShape
 from apb.plugins import PLUGINS
 from apb.rotary import Rotary
+from retaining_heads import random_heads
 
 COMPRESSORS = tuple(PLUGINS["method/compressor"])
 NUM_KV_HEADS, GROUPS, HEAD_DIM = 3, 2, 8
@@ -38,7 +40,10 @@ TARGET = CompressorTarget(
 def build(name: str, *, seed: int = 0, **settings: object) -> Compressor:
     """A compressor that has met the model."""
     compressor: Compressor = PLUGINS["method/compressor"][name](**settings).build(seed=seed)
-    compressor.attach(TARGET)
+    if isinstance(compressor, RetainingHeadCompressor):
+        compressor.use(random_heads(SHAPE, hidden_size=6), TARGET)
+    else:
+        compressor.attach(TARGET)
     return compressor
 
 

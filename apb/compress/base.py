@@ -83,6 +83,15 @@ class BlockView(NamedTuple):
         rotation = rotary.at(positions_T)
         return rotation.unrotate(q_HTD.float()), rotation.unrotate(k_KTD.float())
 
+    def from_row(self, row: int) -> BlockView:
+        """The block without its first rows."""
+        return self._replace(
+            start=self.start + row,
+            q_HSD=self.q_HSD[:, row:],
+            k_KSD=self.k_KSD[:, row:],
+            v_KSD=self.v_KSD[:, row:],
+        )
+
 
 class Compressor(ABC):
     """Selects a block's passing KV. A plug-in implements `score`."""

@@ -11,12 +11,14 @@ from apb.compress.knorm import KnormConfig
 from apb.compress.lag_kv import LagKvConfig
 from apb.compress.query import QueryConfig
 from apb.compress.random import RandomConfig
+from apb.compress.retaining_head import RetainingHeadConfig
 from apb.compress.tova import TovaConfig
 from apb.compress.window import WindowConfig
 
 COMPRESSORS: Mapping[str, type[CompressorConfig]] = {
     "query": QueryConfig,
     "window": WindowConfig,
+    "retaining_head": RetainingHeadConfig,
     "expected_attention": ExpectedAttentionConfig,
     "keydiff": KeydiffConfig,
     "tova": TovaConfig,

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import Any
 
+from apb.errors import EngineDeadError
+
 
 class Session(ABC):
     """A gang of ranks that takes one request at a time."""
@@ -20,6 +22,10 @@ class Session(ABC):
             InputError, RequestError: the request failed; the ranks go on.
             EngineDeadError: the ranks are gone.
         """
+
+    def failure(self) -> EngineDeadError | None:
+        """Why the ranks are gone, where that shows without asking them."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

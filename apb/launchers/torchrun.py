@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 from apb.config import RunConfig
-from apb.errors import InputError
+from apb.errors import EngineDeadError, InputError, RequestError
+from apb.heartbeat import Stage
 from apb.launchers.base import Session
+from apb.launchers.rendezvous import fresh_prefix
+from apb.launchers.watch import StoreWatch
 from apb.runner import RequestRunner
-from apb.worker import choose_device, join_group
+from apb.worker import (
+    agent_keeps_store,
+    begin_pulse,
+    choose_device,
+    join_group,
+    open_store,
+)
 
 
 class TorchrunSession(Session):
@@ -28,13 +38,51 @@ class TorchrunSession(Session):
                 f"world_size={config.world_size} but torchrun started {world_size} ranks: "
                 "drop world_size or change --nproc-per-node"
             )
+        self._failure: EngineDeadError | None = None
+        self._watch: StoreWatch | None = None
+        self._leave: Callable[[], None] = lambda: None
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        pulse, injector = begin_pulse(rank, restarts=restarts)
         device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", rank)))
-        comm, self._leave = join_group(rank, world_size, device)
-        self._runner = RequestRunner(config, comm)
+        watching = partial(
+            StoreWatch, pulse=pulse, rank=rank, world_size=world_size, config=config.supervision
+        )
+        join = partial(join_group, rank, world_size, device, pulse=pulse, injector=injector)
+        try:
+            if world_size > 1 and agent_keeps_store():
+                start_s = config.supervision.start_s
+                prefix = fresh_prefix(open_store(), rank, world_size, timeout_s=start_s)
+                self._watch = watching(open_store(f"{prefix}/watch"))
+                comm, self._leave = join(store=open_store(f"{prefix}/group"))
+            else:
+                comm, self._leave = join()
+                if world_size > 1 and "MASTER_ADDR" in os.environ:
+                    self._watch = watching(open_store("apb/watch"))
+            self._runner = RequestRunner(config, comm, pulse)
+        except BaseException:
+            self.close()
+            raise
+        pulse.enter(Stage.IDLE)
 
     def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
-        return self._runner.handle(op, arguments)
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield from self._runner.handle(op, arguments)
+        except (InputError, RequestError, GeneratorExit):
+            raise
+        except BaseException as error:
+            self._leave = lambda: None  # in the middle of a request there is no orderly way out
+            if self._watch is None or not isinstance(error, Exception):
+                raise
+            self._failure = self._watch.explain(error)
+            raise self._failure from error
+
+    def failure(self) -> EngineDeadError | None:
+        return self._failure
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
         self._leave()
-        self._leave = lambda: None
+        self._watch, self._leave = None, lambda: None

@@ -1,197 +1,40 @@
 """`python -m apb.train eagle +model=NAME data=PATH[,PATH...] output=FOLDER [more]`
+`python -m apb.train retaining_heads +model=NAME data=PATH[,PATH...] output=FOLDER [more]`
 
-Distils an EAGLE-2 head from the model's hidden states on texts. FOLDER gets config.json,
-model.safetensors and a model card, and is what drafter.head= takes. An interrupted run goes on
-where it stopped.
+Both leave weights and a model card in FOLDER, and go on where an interrupted run stopped.
 
 data=PATH,...       text files, folders of them, .jsonl; each may be gzipped (.gz)
-field=NAME          of the records in a .jsonl, text or token ids (text)
+field=NAME          of the records in a .jsonl: text, for eagle token ids as well (text)
+work=FOLDER         state of training, for eagle features too (OUTPUT/work)
+steps=N held_out=N seed=N
+
+eagle distils an EAGLE-2 head from the model's hidden states on texts: what drafter.head= takes.
 vocabulary=FILE     list of python -m apb.frequency to train for; without one, all tokens
-work=FOLDER         features and the state of training (OUTPUT/work)
 lessons=N length=N  sequences to learn from and their tokens (1600, 256)
 steps=N batch=N unroll=N held_out=N seed=N intermediate_size=N  (1000, 4, 3, 32, 0, the target's)
+
+retaining_heads trains Locret's heads on what answers look at: what method.compressor.heads= takes
+with method/compressor=retaining_head. Records hold a document, a question and an answer (or
+LongAlign's messages, or LongAlpaca's instruction and output); about texts, questions are made up.
+hidden=N            size of the heads (1024)
+length=N            most tokens of a document with question and answer (10240)
+query_aware=BOOL    show the question before the document, as APB's anchor does (true)
+updates=N           optimiser steps per document, each on a part of it (1)
+steps=N warm_up=N held_out=N seed=N                                           (3000, 300, 32, 0)
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
-from apb.arguments import parse_words, paths_of, whole_number
-from apb.config import RunConfig, compose_config
-from apb.corpus import find_texts
 from apb.errors import ApbError, InputError
-from apb.hf.model import CausalLM, load_config
-from apb.hf.target import HfTarget
-from apb.hf.tokenizer import load_tokenizer, stop_ids, vocabulary_hash
-from apb.speculate.eagle_head import Eagle2Head, HeadShape
-from apb.speculate.vocabulary import DraftVocabulary
-from apb.train.eagle import EagleTrainer, HeldOut, Recipe, Teacher
-from apb.train.export import head_config, write_head
-from apb.train.features import FeatureFolder, FeatureSpec, compute_features
-from apb.train.lessons import make_lessons
-from apb.worker import choose_device
+from apb.train import eagle_command, retaining_command
 
-_DEPTH = 4
-"""Steps of drafting in the figures."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What to train on and where to write."""
-
-    data: tuple[str, ...]
-    output: Path
-    work: Path
-    text_field: str = "text"
-    vocabulary: str | None = None
-    lessons: int = 1600
-    length: int = 256
-    intermediate_size: int | None = None
-    recipe: Recipe = field(default_factory=Recipe)
-
-    @classmethod
-    def of(cls, values: dict[str, str]) -> Options:
-        """Raises InputError for what is missing or no number."""
-        if "data" not in values or "output" not in values:
-            raise InputError("data= and output= are needed: see `python -m apb.train --help`")
-        recipe_keys = {item.name for item in fields(Recipe)}
-        numbers = {
-            key: whole_number(key, value, least=0 if key == "seed" else 1)
-            for key, value in values.items()
-            if key in _NUMBERS
-        }
-        recipe: dict[str, Any] = {key: numbers.pop(key) for key in recipe_keys & set(numbers)}
-        output = Path(values["output"]).expanduser()
-        return cls(
-            data=paths_of(values["data"]),
-            output=output,
-            work=Path(values.get("work", output / "work")).expanduser(),
-            text_field=values.get("field", "text"),
-            vocabulary=values.get("vocabulary"),
-            recipe=Recipe(**recipe),
-            **numbers,
-        )
-
-
-_NUMBERS = (
-    "lessons",
-    "length",
-    "steps",
-    "batch",
-    "unroll",
-    "held_out",
-    "seed",
-    "intermediate_size",
-)
-_WORDS = ("data", "output", "work", "field", "vocabulary")
-
-
-def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
-    """Compute features, train and write the head; returns what to say of it.
-
-    Raises:
-        InputError: nothing to read, or files of other settings in the way.
-    """
-    files = find_texts(options.data, field=options.text_field, setting="data")
-    tokenizer = load_tokenizer(config.model)
-    hf_config = load_config(config.model)
-    vocabulary = None
-    if options.vocabulary is not None:
-        vocabulary = DraftVocabulary.read(
-            options.vocabulary,
-            vocab_size=hf_config.vocab_size,
-            tokenizer_hash=vocabulary_hash(tokenizer),
-        )
-    device = choose_device(config.device, 0)
-    model = CausalLM.load(config.model, dtype=torch.float32, device=device)
-    target = HfTarget(model, tokenizer, stop_ids(config.model, hf_config, tokenizer))
-    features = FeatureFolder(
-        options.work,
-        FeatureSpec(
-            model=config.model.name,
-            tokenizer_hash=target.tokenizer_hash,
-            data=options.data,
-            lessons=options.lessons,
-            length=options.length,
-            hidden_size=hf_config.hidden_size,
-            seed=options.recipe.seed,
-        ),
-    )
-    template = {"template": config.model.template, "user_template": config.model.user_template}
-    lessons = make_lessons(
-        files, tokenizer, template, length=options.length, seed=options.recipe.seed
-    )
-    compute_features(features, model, config.backend.build(model.attention_target), lessons)
-    exported = head_config(
-        hf_config,
-        intermediate_size=options.intermediate_size or hf_config.intermediate_size,
-        tokenizer_hash=target.tokenizer_hash,
-    )
-    trainer = _trainer(options, target, exported, features, vocabulary)
-    trainer.train()
-    held_out = trainer.held_out(target.head(), _DEPTH)
-    card = _card(config.model.name, options, command, trainer.seconds, held_out)
-    write_head(options.output, trainer.head, exported, card, dtype=torch.bfloat16)
-    return [f"{options.output}: {_figures(held_out)}"]
-
-
-def _trainer(
-    options: Options,
-    target: HfTarget,
-    settings: Mapping[str, Any],
-    features: FeatureFolder,
-    vocabulary: DraftVocabulary | None,
-) -> EagleTrainer:
-    """`settings` are the head's configuration."""
-    torch.manual_seed(options.recipe.seed)
-    shape = HeadShape(
-        hidden_size=settings["hidden_size"],
-        intermediate_size=settings["intermediate_size"],
-        num_heads=settings["num_attention_heads"],
-        num_kv_heads=settings["num_key_value_heads"],
-        head_dim=settings["head_dim"],
-        state_sizes=(settings["hidden_size"],),
-        norm_eps=settings["rms_norm_eps"],
-    )
-    head = Eagle2Head(shape, target.rotary).to(target.device)
-    with torch.no_grad():
-        # It begins as the state that it is given, from which the next one is not far.
-        head.fc.weight[:, shape.hidden_size :] += torch.eye(shape.hidden_size)
-    ids_C = torch.arange(settings["vocab_size"]) if vocabulary is None else vocabulary.token_ids_C
-    rows_CM = target.head() if vocabulary is None else target.head()[ids_C]
-    teacher = Teacher(target.embedding(), rows_CM.detach(), ids_C)
-    return EagleTrainer(head, teacher, features, options.recipe, options.work)
-
-
-def _figures(held_out: HeldOut) -> str:
-    shares = ", ".join(f"{share:.3f}" for share in held_out.agreement)
-    return (
-        f"held-out agreement by depth {shares}; a chain of {len(held_out.agreement)} would yield "
-        f"{held_out.acceptance_length:.2f} tokens a step"
-    )
-
-
-def _card(model: str, options: Options, command: str, seconds: float, held_out: HeldOut) -> str:
-    recipe = options.recipe
-    lines = [
-        f"# EAGLE-2 head for {model}",
-        "",
-        f"* command: `{command}`",
-        f"* data: {', '.join(options.data)}; {options.lessons} lessons of {options.length} tokens, "
-        "a third each prose, continuations and quotes in the model's chat template",
-        f"* recipe: {recipe}",
-        f"* training took {seconds / 60:.0f} minutes on {torch.get_num_threads()} threads, "
-        "features not included",
-        f"* {recipe.held_out} held-out lessons: {_figures(held_out)}",
-        "",
-    ]
-    return "\n".join(lines)
+_COMMANDS: Mapping[str, Callable[[Sequence[str], str], list[str]]] = {
+    "eagle": eagle_command.run,
+    "retaining_heads": retaining_command.run,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -200,14 +43,10 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)  # noqa: T201
         return 0
     try:
-        if not arguments or arguments[0] != "eagle":
-            raise InputError("say what to train first: eagle")
-        values, overrides = parse_words(
-            arguments[1:], (*_WORDS, *_NUMBERS), settings=("model", "device", "backend")
-        )
-        options = Options.of(values)
+        if not arguments or arguments[0] not in _COMMANDS:
+            raise InputError(f"say what to train first: {' or '.join(_COMMANDS)}")
         command = " ".join(["python -m apb.train", *arguments])
-        print("\n".join(train_eagle(compose_config(overrides), options, command)))  # noqa: T201
+        print("\n".join(_COMMANDS[arguments[0]](arguments[1:], command)))  # noqa: T201
     except ApbError as error:
         print(f"apb.train: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code

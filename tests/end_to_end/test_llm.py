@@ -12,10 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import save_file
 
 from apb import LLM, EngineDeadError, InputError, RequestError, SamplingParams
+from apb.config import compose_config
 from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.hf.model import load_config
+from apb.hf.shape import model_shape
 from apb.prompts.template import build_prompt
+from retaining_heads import published, random_heads
 
 DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 40
 QUESTION = "Who kept bees?"
@@ -107,6 +112,26 @@ def test_an_answer_goes_on_from_its_start() -> None:
         assert ranks.ask(prompt.context_ids, prompt.query_ids, PARAMS).token_ids == begun
 
 
+def test_trained_heads_select_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
+    config = compose_config(["+model=tiny"]).model
+    heads = random_heads(model_shape(load_config(config)), hidden_size=24)
+    save_file(published(heads), tmp_path / "model.safetensors")
+    logprobs = {}
+    for name, world_size, compressor in (
+        ("heads", 2, f"method.compressor.heads={tmp_path}"),
+        ("heads on one rank", 1, f"method.compressor.heads={tmp_path}"),
+        ("other", 1, "method/compressor=random"),
+    ):
+        overrides = ["method/compressor=retaining_head", "method.layout=even", compressor]
+        if name == "other":
+            overrides = overrides[1:]
+        overrides += ["method.min_block_len=64", "num_blocks=4"]
+        with LLM("tiny", world_size=world_size, overrides=overrides) as ranks:
+            logprobs[name] = ranks.logprobs(DOCUMENT, "The miller.", query=QUESTION)
+    assert logprobs["heads"] == pytest.approx(logprobs["heads on one rank"], abs=1e-5)
+    assert logprobs["heads"] != pytest.approx(logprobs["other"], abs=1e-5)
+
+
 def test_pieces_of_a_stream_make_up_the_answer(llm: LLM) -> None:
     assert (
         "".join(llm.stream(DOCUMENT, QUESTION, PARAMS)) == llm.ask(DOCUMENT, QUESTION, PARAMS).text
@@ -192,7 +217,7 @@ def test_sampling_repeats_with_its_seed(llm: LLM) -> None:
 
 def test_a_killed_rank_is_named_and_nothing_is_left_behind() -> None:
     before = set(psutil.Process().children(recursive=True))
-    ranks = LLM("tiny", world_size=3)
+    ranks = LLM("tiny", world_size=3, on_failure="stop")
     children = set(psutil.Process().children(recursive=True)) - before
     victim = next(child for child in children if child.environ()["RANK"] == "1")
     victim.send_signal(signal.SIGKILL)
@@ -201,6 +226,15 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind() -> None:
     with pytest.raises(EngineDeadError, match="rank 1"):
         ranks.ask(DOCUMENT, QUESTION, PARAMS)
     assert not [child for child in children if child.is_running()]
+
+
+def test_a_rank_that_dies_between_requests_costs_none(llm: LLM) -> None:
+    expected = llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+    ranks = [it for it in psutil.Process().children() if it.environ().get("RANK") == "1"]
+    for rank in ranks:
+        rank.kill()
+    assert llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids == expected
+    assert not any(rank.is_running() for rank in ranks)
 
 
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
@@ -223,9 +257,11 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"method": "nope"}, "method=nope does not exist"),
         ({"launcher": "torchrun"}, "RANK and WORLD_SIZE"),
         ({"world_size": 2, "num_blocks": 0}, "num_blocks=0"),
+        ({"on_failure": "hope"}, "on_failure=hope must be one of restart, stop"),
+        ({"request_timeout_s": 0.0}, "request_timeout_s=0.0 must be positive"),
     ],
 )
-def test_wrong_settings_fail_at_once(settings: dict[str, str | int], words: str) -> None:
+def test_wrong_settings_fail_at_once(settings: dict[str, str | float], words: str) -> None:
     assert "RANK" not in os.environ
     with pytest.raises(InputError, match=words):
         LLM("tiny", **settings)  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ def test_selection_is_the_same_every_time(name: str) -> None:
     assert torch.equal(kept(build(name, seed=5), block, budget=20), first)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"random"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"random", "retaining_head"}))
 def test_permuted_kv_heads_keep_the_same_tokens_permuted(name: str) -> None:
     block = draw_block(50)
     order = torch.tensor([2, 0, 1])

@@ -14,14 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
-    {"errors", "paths"},
-    {"layout", "balance", "cost", "hardware", "comm", "cache", "metrics", "sampling", "prompts"}
+    {"errors", "paths", "heartbeat"},
+    {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
     | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"}
-    | {"rotary"},
+    | {"supervision", "drain"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
-    {"hf", "report", "table", "agreement", "calibration", "estimate"},
+    {"hf", "report", "table", "agreement", "calibration", "estimate", "hardware"}
+    | {"interrupt", "faults"},
     {"engine"},
     {"generation"},
     {"scoring"},
@@ -33,7 +34,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate", "frequency", "train", "evaluate"},
+    {"run", "fetch", "plan", "calibrate", "frequency", "train", "evaluate", "heads"},
 ]
 
 # A library may be imported only by these files and folders.

@@ -1,0 +1,208 @@
+"""Supervision among equals: ranks without a driver watch each other through the store.
+
+Each rank has a thread that publishes its heartbeat and judges all of them. Whoever finds the cause
+of a failure first writes it down for all and prints it; then every rank ends, so that whoever
+started them (torchrun's agent, Slurm) sees the failure at once and may start them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from apb.errors import EngineDeadError, RankFailure
+from apb.heartbeat import Beat, Pulse, Stage
+from apb.supervision import LOOK_S, Blame, Report, SupervisionConfig, Watcher
+
+_BEAT_S = 0.5
+_EXPLAIN_S = 3.0
+"""How long a rank that lost a peer looks for the cause before it reports itself."""
+_SILENT_S = 2.0
+"""After which a rank that stopped beating is the cause, once another has lost a peer."""
+_UNWIND_S = 1.0
+"""How long a rank's main thread has to raise the cause before the process ends."""
+
+_DONE = (Stage.IDLE, Stage.LEFT)
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's key-value store."""
+
+    def set(self, key: str, value: str, /) -> object: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
+class _Sign(NamedTuple):
+    """A rank's word on itself."""
+
+    turn: int = 0
+    host: str = ""
+    beat: Beat = Beat()
+
+
+class StoreWatch:
+    """One rank's watch over all of them."""
+
+    def __init__(
+        self,
+        store: Store,
+        pulse: Pulse,
+        *,
+        rank: int,
+        world_size: int,
+        config: SupervisionConfig,
+    ) -> None:
+        self._store, self._pulse, self._rank = store, pulse, rank
+        self._config, self._watcher = config, Watcher(config)
+        self._host, self._parent, self._turn = socket.gethostname(), os.getppid(), 0
+        self._keys = [f"beat{rank}" for rank in range(world_size)]
+        self._signs = [_Sign()] * world_size
+        self._looked_at = time.monotonic()
+        self._heard_at = [self._looked_at] * world_size
+        self._has_failed, self._stopping = threading.Event(), threading.Event()
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name="apb-watch", daemon=True)
+        self._thread.start()
+
+    def explain(self, error: Exception) -> EngineDeadError:
+        """The first cause of an error in this rank's main thread, agreed on by all ranks."""
+        place, now = self._pulse.beat.place, time.monotonic()
+        report = Report.of(error, rank=self._rank, host=self._host, place=place, at_s=now)
+        self._has_failed.set()
+        cause = None
+        try:
+            while report.blame is Blame.VICTIM and time.monotonic() < now + _EXPLAIN_S:
+                if (cause := self._cause()) is not None:
+                    break
+                time.sleep(_BEAT_S / 5)
+            cause = cause or self._agree(report.failure)
+        except RuntimeError:  # the store has gone as well
+            cause = report.failure
+        found = EngineDeadError.of(cause)
+        found.is_told = True
+        return found
+
+    def stop(self) -> None:
+        """Leave, so that the others do not take silence for a failure."""
+        self._pulse.enter(Stage.LEFT)
+        self._stopping.set()
+        self._thread.join()
+        with suppress(RuntimeError):
+            self._publish()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_BEAT_S):
+            try:
+                self._publish()
+                cause = self._cause() or self._judge()
+            except RuntimeError:
+                cause = self._without_store()
+            if cause is not None:
+                self._obey(cause)
+            if os.getppid() != self._parent:
+                os._exit(1)  # torchrun's agent was killed and cannot end its ranks
+
+    def _publish(self) -> None:
+        self._turn += 1
+        sign = json.dumps([self._turn, self._host, self._pulse.beat])
+        self._store.set(self._keys[self._rank], sign)
+
+    def _judge(self) -> RankFailure | None:
+        """The failure that the heartbeats reveal, told to all."""
+        now = time.monotonic()
+        if now - self._looked_at > LOOK_S:
+            self._heard_at = [now] * len(self._keys)
+        self._looked_at = now
+        if not self._store.check(self._keys):
+            return None
+        for rank, text in enumerate(self._store.multi_get(self._keys)):
+            turn, host, beat = json.loads(text)
+            if turn != self._signs[rank].turn:
+                self._signs[rank] = _Sign(turn, host, Beat.read(beat))
+                self._heard_at[rank] = now
+        failure = self._lost(now)
+        stall = self._watcher.observe([sign.beat for sign in self._signs], now)
+        if failure is None and stall is not None:
+            failure = stall.failure(self._host_of(stall.rank))
+        return None if failure is None else self._agree(failure)
+
+    def _lost(self, now: float) -> RankFailure | None:
+        """A rank whose process has ended, or from which nothing comes.
+
+        One that is between requests may have ended in order, and need not say anything unless
+        others are in a request.
+        """
+        failed = self._has_failed.is_set()
+        active = any(sign.beat.stage not in _DONE for sign in self._signs)
+        for rank, (_, host, beat) in enumerate(self._signs):
+            place, silent_s = f"last heard of in {beat.place}", now - self._heard_at[rank]
+            if beat.stage is Stage.LEFT:
+                continue
+            watched = host == self._host and (failed or beat.stage is not Stage.IDLE)
+            if watched and _is_gone(beat.pid):
+                return RankFailure(rank, host, place, "ended without a word")
+            if active and silent_s > (_SILENT_S if failed else self._config.heartbeat_s):
+                reason = f"has not been heard of for {silent_s:.1f} s"
+                return RankFailure(rank, host, place, reason)
+        return None
+
+    def _cause(self) -> RankFailure | None:
+        if not self._store.check(["cause"]):
+            return None
+        return RankFailure(*json.loads(self._store.multi_get(["cause"])[0]))
+
+    def _agree(self, failure: RankFailure) -> RankFailure:
+        """The first cause that any rank has found; whoever wrote it prints it."""
+        mine = json.dumps(failure)
+        found = self._store.compare_set("cause", "", mine).decode()
+        if found == mine:
+            text = "\n".join(filter(None, [f"apb: {failure.sentence}", failure.stack]))
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
+        return RankFailure(*json.loads(found))
+
+    def _without_store(self) -> RankFailure | None:
+        """What the loss of the store means: nothing once its keeper or this rank is done."""
+        if self._pulse.beat.stage in _DONE or self._signs[0].beat.stage in _DONE:
+            self._stopping.set()
+            return None
+        place = self._pulse.beat.place
+        reason = "took the store along that rank 0 or torchrun's agent keeps"
+        return RankFailure(0, self._host_of(0), place, reason)
+
+    def _obey(self, cause: RankFailure) -> None:
+        """End this rank: by its main thread if that has noticed, or else from here."""
+        culprit = cause.rank
+        if culprit == self._rank and not self._has_failed.is_set():
+            frame = sys._current_frames()[threading.main_thread().ident or 0]
+            stack = "".join(traceback.format_stack(frame))
+            print(f"stack of rank {culprit}:\n{stack}", file=sys.stderr, flush=True)  # noqa: T201
+        if self._has_failed.wait(_UNWIND_S):
+            self._stopping.set()
+            return
+        if culprit not in (None, self._rank) and cause.host == self._host:
+            with suppress(ProcessLookupError):  # it may be stopped, which no other signal ends
+                os.kill(self._signs[culprit].beat.pid, signal.SIGKILL)
+        os._exit(1)
+
+    def _host_of(self, rank: int | None) -> str:
+        return self._host if rank is None else self._signs[rank].host
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process of this machine has ended, if the system says so."""
+    if not Path("/proc/self/stat").exists():
+        return False
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return True

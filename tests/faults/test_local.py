@@ -1,0 +1,118 @@
+"""Every fault of the table on local ranks: named, cleared up, and the next request answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from apb import LLM, EngineDeadError, RequestError, SamplingParams
+from faults.forked_ranks import start_forked_rank
+from faults.leftovers import Leftovers, left_since
+from faults.scenarios import FAST, NAMED_WITHIN_S, OVERRIDES, SCENARIOS, WORLD_SIZE, Scenario
+
+DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 20
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
+BACK_WITHIN_S = 15.0
+"""10 s and what these ranks need to load their model."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apb.launchers.processes.start_rank", start_forked_rank)
+        yield
+
+
+def open_llm() -> LLM:
+    """Ranks that are up but have not loaded the model: the first question does that."""
+    llm = LLM.from_overrides(["model=tiny", f"world_size={WORLD_SIZE}", *OVERRIDES])
+    llm.make_needle(kind="single", context_len=600, depth=0.5, seed=0)
+    return llm
+
+
+def ask(llm: LLM) -> list[int]:
+    return llm.ask(DOCUMENT, "Who kept bees?", PARAMS).token_ids
+
+
+def lost(llm: LLM) -> EngineDeadError:
+    """What a question fails with, without the frames it went through."""
+    with pytest.raises(EngineDeadError) as raised:
+        ask(llm)
+    return raised.value.with_traceback(None)
+
+
+@pytest.fixture(scope="module")
+def expected(_forked: None) -> list[int]:
+    """The answer without a fault, which also starts the server that ranks fork from."""
+    with open_llm() as llm:
+        return ask(llm)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(it, id=it.name, marks=() if it.name in FAST else pytest.mark.faults)
+        for it in SCENARIOS
+    ],
+)
+def test_a_fault_is_named_and_the_next_request_is_answered(
+    scenario: Scenario, expected: list[int], monkeypatch: pytest.MonkeyPatch, before: Leftovers
+) -> None:
+    monkeypatch.setenv("APB_FAULTS", scenario.text(request=2))
+    with open_llm() as llm:
+        begin = time.monotonic()
+        if scenario.ends == "answer":
+            assert ask(llm) == expected
+        elif scenario.ends == "request":
+            with pytest.raises(RequestError, match=scenario.words):
+                ask(llm)
+        else:
+            error = lost(llm)
+            assert time.monotonic() - begin < scenario.budget_s + NAMED_WITHIN_S
+            check_blame(error, scenario)
+        begin = time.monotonic()
+        assert ask(llm) == expected
+        assert time.monotonic() - begin < BACK_WITHIN_S
+    assert left_since(before) == []
+
+
+def check_blame(error: EngineDeadError, scenario: Scenario) -> None:
+    failure = error.failure
+    assert failure is not None, error
+    assert failure.rank == scenario.rank, error
+    assert failure.place.startswith(scenario.place or scenario.stage), error
+    assert scenario.words in failure.reason
+    assert "\n" not in str(error)
+    if scenario.kind == "hang":
+        assert "apb/faults.py" in failure.stack, "the stack shows where the rank hangs"
+    if scenario.kind in ("kill", "exit0"):
+        assert failure.exit_code == (-9 if scenario.kind == "kill" else 0)
+
+
+@pytest.mark.faults
+def test_with_on_failure_stop_all_later_requests_fail_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    before: Leftovers,
+) -> None:
+    monkeypatch.setenv("APB_FAULTS", "rank=1,stage=prefill,kind=kill")
+    llm = LLM.from_overrides(["model=tiny", "world_size=2", "on_failure=stop", *OVERRIDES])
+    for _ in range(3):
+        assert "rank 1 on" in str(lost(llm))
+    assert left_since(before) == [], "also before it is closed"
+    llm.close()
+
+
+def test_a_cancelled_and_an_overdue_prefill_leave_the_ranks_ready(
+    expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = [f"rank={rank},stage=prefill,kind=slow,seconds=0.15" for rank in range(WORLD_SIZE)]
+    monkeypatch.setenv("APB_FAULTS", ";".join(slow))
+    with open_llm() as llm:
+        with pytest.raises(RequestError, match=r"longer than timeout_s=0\.1"):
+            llm.ask(DOCUMENT, "Who kept bees?", PARAMS, timeout_s=0.1)
+        stream = llm.stream(DOCUMENT, "Who kept bees?", PARAMS)
+        next(iter(stream))
+        stream.close()
+        assert ask(llm) == expected

@@ -1,0 +1,118 @@
+"""A lost gang is replaced within its budget; else every later request fails with the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from apb.errors import EngineDeadError, RequestError
+from apb.launchers.base import Session
+from apb.launchers.restart import RestartingSession
+from apb.supervision import SupervisionConfig
+
+
+class FakeGang(Session):
+    """Answers with its number; `op` says what happens to it."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.is_closed = number, False
+        self.lost: EngineDeadError | None = None
+
+    def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
+        if op == "die":
+            self.lost = EngineDeadError(f"gang {self.number} was killed")
+        if self.lost is not None:
+            raise self.lost
+        if op == "refuse":
+            raise RequestError("refused")
+        yield {"result": self.number}
+
+    def failure(self) -> EngineDeadError | None:
+        return self.lost
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CONFIG = SupervisionConfig(restarts=2, restart_window_s=60.0)
+
+
+def started(clock: Clock) -> tuple[RestartingSession, list[FakeGang]]:
+    gangs: list[FakeGang] = []
+
+    def open_gang(number: int) -> FakeGang:
+        gangs.append(FakeGang(number))
+        return gangs[-1]
+
+    return RestartingSession(open_gang, CONFIG, clock=clock), gangs
+
+
+def ask(session: Session, op: str = "ask") -> Any:
+    *_, last = session.call(op)
+    return last["result"]
+
+
+def test_the_request_after_a_failed_one_is_answered_by_the_next_gang() -> None:
+    session, gangs = started(Clock())
+    assert ask(session) == 0
+    with pytest.raises(EngineDeadError, match="gang 0 was killed"):
+        ask(session, "die")
+    assert gangs[0].is_closed
+    assert len(gangs) == 2, "the next gang is started before anyone asks"
+    assert ask(session) == 1
+
+
+def test_a_gang_that_was_lost_while_idle_costs_no_request() -> None:
+    session, gangs = started(Clock())
+    assert ask(session) == 0
+    gangs[0].lost = EngineDeadError("gang 0 was killed")
+    assert ask(session) == 1
+
+
+def test_a_refused_request_keeps_the_gang() -> None:
+    session, gangs = started(Clock())
+    with pytest.raises(RequestError):
+        ask(session, "refuse")
+    assert ask(session) == 0
+    assert len(gangs) == 1
+
+
+def test_the_budget_is_spent_and_comes_back() -> None:
+    clock = Clock()
+    session, _ = started(clock)
+    ask(session)
+    for number in range(3):
+        with pytest.raises(EngineDeadError, match=f"gang {number} was killed"):
+            ask(session, "die")
+    with pytest.raises(EngineDeadError, match=r"gang 2 was killed; no restart is left") as refusal:
+        ask(session)
+    assert "supervision.restarts=2 within 60 s" in str(refusal.value)
+    clock.now = 60.0
+    assert ask(session) == 3
+
+
+def test_a_gang_that_never_worked_is_not_replaced() -> None:
+    session, gangs = started(Clock())
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match=r"^gang 0 was killed$"):
+            ask(session, "die")
+    assert len(gangs) == 1
+
+
+def test_after_closing_nothing_is_started() -> None:
+    session, gangs = started(Clock())
+    ask(session)
+    session.close()
+    gangs[0].lost = EngineDeadError("the engine was closed")
+    with pytest.raises(EngineDeadError, match=r"^the engine was closed$"):
+        ask(session)
+    assert len(gangs) == 1
