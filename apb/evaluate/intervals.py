@@ -49,7 +49,8 @@ def wilson(scores: Sequence[float]) -> Estimate:
     centre = (mean + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     spread = mean * (1 - mean) / count + _Z**2 / (4 * count**2)
     half = _Z * math.sqrt(spread) / (1 + _Z**2 / count)
-    return Estimate(count, mean, max(0.0, centre - half), min(1.0, centre + half))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Estimate(count, mean, min(mean, low), max(mean, high))  # rounding can part them
 
 
 def bootstrap(values: Sequence[float]) -> Estimate:

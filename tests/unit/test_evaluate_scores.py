@@ -146,11 +146,11 @@ def test_the_plot_shows_every_method_with_scores(tmp_path: Path) -> None:
     rows = [
         row("full", "a", 0, 1.0),
         row("apb+num_blocks=4", "a", 0, 0.0),
-        row("star", "p", 0, None),
+        row("zigzag", "p", 0, None),
     ]
     path = tmp_path / "scores.svg"
     assert plot_scores(summarise(rows, "full", {}), path, title="tiny")
     drawn = path.read_text()
     assert all(text in drawn for text in ("tiny", "full", "apb+num_blocks=4", "score, %"))
-    assert "star" not in drawn
+    assert "zigzag" not in drawn
     assert not plot_scores(summarise(rows[2:], "full", {}), path, title="tiny")
