@@ -56,23 +56,18 @@ def brute_force_labels(name: str, reading: Reading) -> list[Tensor]:
     """Of every layer, from all n x n logits of transformers' own modules."""
     model = hf_model(name)
     length = len(reading.ids_T)
-    config = model.config
+    config, layers = model.config, list(model.base_model.layers)  # type: ignore[arg-type]
     inputs: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: torch.nn.Module, args: tuple[()], kwargs: dict[str, Tensor]) -> None:
         inputs.append((kwargs["hidden_states"], kwargs["position_embeddings"]))
 
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True)
-        for layer in model.base_model.layers
-    ]
+    hooks = [layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     model(input_ids=reading.ids_T[None].long())
     for hook in hooks:
         hook.remove()
     labels = []
-    for layer, (hidden_1TM, (cos_1TD, sin_1TD)) in zip(
-        model.base_model.layers, inputs, strict=True
-    ):
+    for layer, (hidden_1TM, (cos_1TD, sin_1TD)) in zip(layers, inputs, strict=True):
         attention = layer.self_attn
         rotated = []
         for part in ("q", "k"):
@@ -235,7 +230,12 @@ def test_trained_heads_keep_more_than_chance(tmp_path: Path, objective: Objectiv
     assert before["random"] == pytest.approx(1 / SHARE, abs=0.05)
     losses: list[float] = []
     save = trainer._save
-    trainer._save = lambda: (losses.append(trainer.last_loss), save())[1]  # type: ignore[method-assign]
+
+    def kept() -> None:
+        losses.append(trainer.last_loss)
+        save()
+
+    trainer._save = kept  # type: ignore[method-assign]
     trainer.train()
     after = held_out_recall(trainer)
     assert losses[-1] < losses[0]
