@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from apb.comm import Communicator
 from apb.config import compose_config
@@ -78,7 +79,7 @@ def join_group(
     device: torch.device,
     *,
     init_method: str = "env://",
-    store: dist.Store | None = None,
+    store: Store | None = None,
     pulse: Pulse | None = None,
     injector: FaultInjector | None = None,
 ) -> tuple[Communicator, Callable[[], None]]:
@@ -120,11 +121,11 @@ def agent_keeps_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def open_store(prefix: str = "") -> dist.Store:
+def open_store(prefix: str = "") -> Store:
     """A connection of its own to the store that the environment names, to keys with that prefix."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
-    return dist.PrefixStore(prefix, store) if prefix else store
+    store = TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+    return PrefixStore(prefix, store) if prefix else store
 
 
 def main() -> int:

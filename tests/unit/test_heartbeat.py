@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from apb.heartbeat import Beat, Board, Pulse, Stage
@@ -28,13 +29,13 @@ def test_another_process_reads_what_a_rank_has_written(tmp_path: Path) -> None:
     assert first == last == Beat()
     assert busy.pid > 0
     assert busy._replace(pid=0) == Beat(
-        count=2, request=1, stage=Stage.PREFILL, layer=7, expected_ms=250
+        marks=2, request=1, stage=Stage.PREFILL, layer=7, expected_ms=250
     )
 
 
 def test_every_mark_moves_the_count_and_the_place_is_in_words() -> None:
-    pulse, places = Pulse(), []
-    marks = [
+    pulse, places = Pulse(), list[str]()
+    marks: list[Callable[[], None]] = [
         lambda: pulse.enter(Stage.START),
         lambda: pulse.wait(0, 0),
         lambda: pulse.enter(Stage.LOAD),
@@ -48,7 +49,7 @@ def test_every_mark_moves_the_count_and_the_place_is_in_words() -> None:
     ]
     for count, mark in enumerate(marks, start=1):
         mark()
-        assert pulse.beat.count == count
+        assert pulse.beat.marks == count
         places.append(pulse.beat.place)
     assert places == [
         *("start", "start, meeting the others", "load"),
