@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +56,12 @@ class Fault:
         pairs = [setting.partition("=") for setting in text.split(",")]
         given = {name.strip(): value.strip() for name, _, value in pairs}
         try:
-            numbers: dict[str, float] = {
-                name: int(given.pop(name))
-                for name in ("rank", "layer", "request", "gang")
+            numbers: dict[str, Any] = {
+                name: float(given.pop(name)) if name == "seconds" else int(given.pop(name))
+                for name in ("rank", "layer", "request", "gang", "seconds")
                 if name in given
             }
-            if "seconds" in given:
-                numbers["seconds"] = float(given.pop("seconds"))
-            fault = cls(**numbers, **given)  # type: ignore[arg-type]
+            fault = cls(**numbers, **given)
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{VARIABLE} has {text!r}: write rank=N,stage=STAGE,kind=KIND and, where wanted, "

@@ -1,7 +1,7 @@
 """What a rank says about its progress: a few integers in memory that others can read at any time.
 
 The rank's main thread only writes them, so that a rank which is wedged in a collective, stopped or
-swapped out is as readable as a busy one. What tells is whether the count moves.
+swapped out is as readable as a busy one. What tells is whether the number of marks grows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Stage(IntEnum):
 class Beat(NamedTuple):
     """A rank's progress at one moment."""
 
-    count: int = 0  # type: ignore[assignment]
+    marks: int = 0
     """Grows with every sign of progress."""
     pid: int = 0
     request: int = 0
@@ -48,9 +48,9 @@ class Beat(NamedTuple):
 
     @classmethod
     def read(cls, slot: Sequence[int]) -> Beat:
-        count, pid, request, stage, step, layer, waiting, expected_ms = slot
+        marks, pid, request, stage, step, layer, waiting, expected_ms = slot
         stage = Stage(stage)
-        return cls(count, pid, request, stage, step, layer, bool(waiting), expected_ms)
+        return cls(marks, pid, request, stage, step, layer, bool(waiting), expected_ms)
 
     @property
     def place(self) -> str:

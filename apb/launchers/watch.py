@@ -17,10 +17,11 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from apb.errors import EngineDeadError, RankFailure
 from apb.heartbeat import Beat, Pulse, Stage
+from apb.launchers.rendezvous import Store
 from apb.supervision import LOOK_S, Blame, Report, SupervisionConfig, Watcher
 
 _BEAT_S = 0.5
@@ -32,15 +33,6 @@ _UNWIND_S = 1.0
 """How long a rank's main thread has to raise the cause before the process ends."""
 
 _DONE = (Stage.IDLE, Stage.LEFT)
-
-
-class Store(Protocol):
-    """What is used of torch.distributed's key-value store."""
-
-    def set(self, key: str, value: str, /) -> object: ...
-    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
 
 
 class _Sign(NamedTuple):

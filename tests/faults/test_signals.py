@@ -16,7 +16,9 @@ import pytest
 
 from faults.leftovers import Leftovers, left_since
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+START_S = 120
+"""On a busy machine three interpreters take their time to import torch."""
 ASK = [
     *(sys.executable, "-m", "apb.run", "+model=tiny", "device=cpu", "world_size=2"),
     *("prompt.context_len=900", "decode.max_tokens=8", "decode.ignore_eos=true", "drafter=none"),
@@ -33,13 +35,14 @@ def answering(
     process = subprocess.Popen(
         [*ASK, *overrides], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    watchdog = threading.Timer(60, process.kill)
+    watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()
     try:
         assert process.stderr is not None
         for line in process.stderr:
             if "APB_FAULTS: slow" in line:
                 break
+        assert process.poll() is None, f"the command was not answering within {START_S} s"
         yield process
     finally:
         process.kill()

@@ -29,7 +29,7 @@ def test_another_process_reads_what_a_rank_has_written(tmp_path: Path) -> None:
     assert first == last == Beat()
     assert busy.pid > 0
     assert busy._replace(pid=0) == Beat(
-        count=2, request=1, stage=Stage.PREFILL, layer=7, expected_ms=250
+        marks=2, request=1, stage=Stage.PREFILL, layer=7, expected_ms=250
     )
 
 
@@ -49,7 +49,7 @@ def test_every_mark_moves_the_count_and_the_place_is_in_words() -> None:
     ]
     for count, mark in enumerate(marks, start=1):
         mark()
-        assert pulse.beat.count == count
+        assert pulse.beat.marks == count
         places.append(pulse.beat.place)
     assert places == [
         *("start", "start, meeting the others", "load"),

@@ -23,6 +23,9 @@ class DictStore:
     def multi_get(self, keys: list[str], /) -> list[bytes]:
         return [self.values[key].encode() for key in keys]
 
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        return self.values.setdefault(key, desired).encode()
+
     def check(self, keys: list[str], /) -> bool:
         return all(key in self.values for key in keys)
 

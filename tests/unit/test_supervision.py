@@ -19,12 +19,12 @@ from apb.supervision import (
 CONFIG = SupervisionConfig(layer_s=2.0, step_s=3.0, exchange_s=5.0, load_s=50.0, heartbeat_s=4.0)
 
 
-def working(layer: int, count: int = 0, *, stage: Stage = Stage.PREFILL, request: int = 1) -> Beat:
-    return Beat(count=count, request=request, stage=stage, layer=layer)
+def working(layer: int, marks: int = 0, *, stage: Stage = Stage.PREFILL, request: int = 1) -> Beat:
+    return Beat(marks=marks, request=request, stage=stage, layer=layer)
 
 
-def waiting(layer: int, count: int = 0, *, step: int = 1) -> Beat:
-    beat = Beat(count=count, request=1, stage=Stage.PREFILL, step=step, layer=layer)
+def waiting(layer: int, marks: int = 0, *, step: int = 1) -> Beat:
+    beat = Beat(marks=marks, request=1, stage=Stage.PREFILL, step=step, layer=layer)
     return beat._replace(waiting=True)
 
 
@@ -60,10 +60,10 @@ def test_waiting_ranks_are_not_blamed_while_anyone_works() -> None:
     assert stall.rank == 1
 
 
-def test_progress_of_the_count_alone_is_progress() -> None:
+def test_progress_of_the_marks_alone_is_progress() -> None:
     watcher = Watcher(CONFIG)
     for tick in range(400):
-        beats = [waiting(1), working(0, count=tick // 15)]
+        beats = [waiting(1), working(0, marks=tick // 15)]
         assert watcher.observe(beats, tick / 10, request=1) is None
 
 
