@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from apb.attention.base import BackendConfig
 from apb.errors import InputError
+from apb.launcher_config import LauncherConfig
 from apb.methods.audit import AuditSample
 from apb.methods.base import MethodConfig
 from apb.methods.placement import Placement
@@ -113,8 +114,7 @@ class RunConfig:
         device: `auto`, `cpu` or `cuda`.
         seed: of sampling, the random compressor and generated documents.
         allow_beyond_context: run documents longer than the model's positions.
-        launcher: `auto` (torchrun inside one, else local), `local` or `torchrun`.
-        world_size: ranks that the local launcher starts.
+        world_size: ranks that `launcher=local` and `launcher=ray` start; None is one per GPU.
         output: a file for the result as JSON.
     """
 
@@ -124,6 +124,7 @@ class RunConfig:
     prompt: PromptConfig = MISSING
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     drafter: DrafterConfig = MISSING
+    launcher: LauncherConfig = MISSING
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     num_blocks: int | None = None
@@ -131,14 +132,12 @@ class RunConfig:
     device: str = "auto"
     seed: int = 0
     allow_beyond_context: bool = False
-    launcher: str = "auto"
     world_size: int | None = None
     output: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        _check_choice("launcher", self.launcher, ("auto", "local", "torchrun"))
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         for name in ("num_blocks", "world_size"):

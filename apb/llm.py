@@ -8,10 +8,11 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
-from apb.config import RunConfig, compose_config, model_names, quoted
+from apb.config import RunConfig, compose_config, model_names, plugin_name, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.local import LocalSession
@@ -27,9 +28,9 @@ class LLM:
 
     Args:
         model: a name in `conf/model/`, a local folder, a GGUF file or a Hub id.
-        world_size: ranks that `launcher="local"` starts; by default one per GPU, or one.
-        launcher: `local` (processes of this machine), `torchrun` (inside one: every rank calls and
-            every rank gets the result) or `auto`.
+        world_size: ranks that `launcher="local"` and `"ray"` start; by default one per GPU, or one.
+        launcher: `local` (processes of this machine), `ray` (actors of a cluster), `torchrun`
+            (inside one: every rank calls and every rank gets the result) or `auto`.
         overrides: any Hydra override, such as ``"method.anchor_len=256"``.
         settings: shorthand for the common ones: `method`, `backend`, `drafter`, `dtype`, `device`,
             `num_blocks`, `seed`, `allow_beyond_context`.
@@ -159,7 +160,14 @@ class LLM:
 
 
 def _open_session(config: RunConfig, overrides: Sequence[str]) -> Session:
-    if config.launcher == "torchrun" or (config.launcher == "auto" and _inside_torchrun()):
+    launcher = plugin_name("launcher", config.launcher)
+    if launcher == "ray":
+        if find_spec("ray") is None:
+            raise InputError("launcher=ray needs one more package: pip install 'apb[ray]'")
+        from apb.launchers.ray import RaySession
+
+        return RaySession(config, overrides)
+    if launcher == "torchrun" or (launcher == "auto" and _inside_torchrun()):
         # Here, as it imports transformers, which the driver of a local gang does without.
         from apb.launchers.torchrun import TorchrunSession
 

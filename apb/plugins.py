@@ -16,6 +16,12 @@ from apb.compress.knorm import KnormConfig
 from apb.compress.query import QueryConfig
 from apb.compress.random import RandomConfig
 from apb.compress.window import WindowConfig
+from apb.launcher_config import (
+    AutoLauncherConfig,
+    LocalLauncherConfig,
+    RayLauncherConfig,
+    TorchrunLauncherConfig,
+)
 from apb.methods.apb import ApbConfig
 from apb.methods.auto import AutoConfig
 from apb.methods.full import FullConfig
@@ -69,6 +75,12 @@ PLUGINS: Mapping[str, Mapping[str, type]] = {
         "model": DraftModelConfig,
         "ouroboros": OuroborosConfig,
         "none": NoDrafterConfig,
+    },
+    "launcher": {
+        "auto": AutoLauncherConfig,
+        "local": LocalLauncherConfig,
+        "torchrun": TorchrunLauncherConfig,
+        "ray": RayLauncherConfig,
     },
     "prompt": {"needle": NeedleConfig, "file": FileConfig, "text": TextConfig},
 }

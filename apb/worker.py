@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,19 @@ from apb.runner import RequestRunner
 _PARENT_CHECK_S = 1.0
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """Idle ranks wait out whole prefills; that a peer is gone shows at once, by its connection."""
+
+
+class Channel(Protocol):
+    """What a rank and its driver exchange JSON over; `multiprocessing` connections are some."""
+
+    def send_bytes(self, buf: bytes, /) -> None:
+        """Send one message."""
+
+    def recv_bytes(self) -> bytes:
+        """The next message; waits for it."""
+
+    def poll(self) -> bool:
+        """Whether there is one."""
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -49,11 +63,17 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def join_group(
-    rank: int, world_size: int, device: torch.device, *, init_method: str = "env://"
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    *,
+    init_method: str = "env://",
+    store: dist.Store | None = None,
 ) -> tuple[Communicator, Callable[[], None]]:
     """Meet the other ranks; returns how to talk to them and how to leave.
 
-    A process group that the caller has made already is used and left alone.
+    They meet in `store` or, without one, where `init_method` says. A process group that the caller
+    has made already is used and left alone.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -61,7 +81,8 @@ def join_group(
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
+            init_method=None if store is not None else init_method,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=_COLLECTIVE_TIMEOUT,
@@ -71,13 +92,41 @@ def join_group(
     return Communicator(rank, world_size, device, defer_checks=deferred), leave
 
 
+def host_store(address: str) -> dist.TCPStore:
+    """A store for ranks to meet in, on a free port of that address of this machine and no other."""
+    family, *_ = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server((address, 0), family=family)
+    port: int = listener.getsockname()[1]
+    # Without a socket of ours it would listen on every address of the machine.
+    return dist.TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def reach_store(address: str, port: int) -> dist.TCPStore:
+    """The store that another rank hosts."""
+    return dist.TCPStore(address, port, is_master=False)
+
+
 def main() -> int:
     """A rank of the local launcher: serve requests from an inherited connection until it closes."""
     connection = Connection(int(os.environ["APB_CONNECTION"]))
     rank = int(os.environ["RANK"])
     threading.Thread(target=_follow_parent, daemon=True).start()
+    return serve(connection, rank, int(os.environ["WORLD_SIZE"]), local_rank=rank)
+
+
+def serve(
+    connection: Channel,
+    rank: int,
+    world_size: int,
+    *,
+    local_rank: int,
+    store: dist.Store | None = None,
+) -> int:
+    """Answer requests until the driver says `exit`; returns the exit code, errors are sent."""
     try:
-        _serve(connection, rank, int(os.environ["WORLD_SIZE"]))
+        _serve(connection, rank, world_size, local_rank, store)
     except (EOFError, BrokenPipeError):
         return 1  # the driver is gone, and with it whoever could be told
     except ApbError as error:
@@ -99,12 +148,16 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _serve(connection: Connection, rank: int, world_size: int) -> None:
+def _serve(
+    connection: Channel, rank: int, world_size: int, local_rank: int, store: dist.Store | None
+) -> None:
     hello = _receive(connection)
     configure_logging(rank, world_size)
     config = compose_config(hello["overrides"])
-    device = choose_device(config.device, rank)
-    comm, leave = join_group(rank, world_size, device, init_method=hello["init_method"])
+    device = choose_device(config.device, local_rank)
+    comm, leave = join_group(
+        rank, world_size, device, init_method=hello["init_method"], store=store
+    )
     runner = RequestRunner(config, comm)
     if rank == OWNER:
         _send(connection, {"result": None})
@@ -113,7 +166,7 @@ def _serve(connection: Connection, rank: int, world_size: int) -> None:
     leave()
 
 
-def _handle(runner: RequestRunner, request: dict[str, Any], connection: Connection) -> None:
+def _handle(runner: RequestRunner, request: dict[str, Any], connection: Channel) -> None:
     if request["op"] == "cancel":  # it came after its request had ended
         return
     try:
@@ -127,18 +180,18 @@ def _handle(runner: RequestRunner, request: dict[str, Any], connection: Connecti
             _send(connection, {"error": str(error), "kind": type(error).__name__})
 
 
-def _cancelled(connection: Connection) -> bool:
+def _cancelled(connection: Channel) -> bool:
     """Whether the driver has written anything: during a request that can only be `cancel`."""
     if not connection.poll():
         return False
     return bool(_receive(connection)["op"] == "cancel")
 
 
-def _send(connection: Connection, message: dict[str, Any]) -> None:
+def _send(connection: Channel, message: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def _receive(connection: Connection) -> dict[str, Any]:
+def _receive(connection: Channel) -> dict[str, Any]:
     message: dict[str, Any] = json.loads(connection.recv_bytes())
     return message
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     {"errors", "paths"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed"},
+    | {"log", "output", "progress", "model_config", "launcher_config", "corpus", "arguments"}
+    | {"packed"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
@@ -44,7 +45,7 @@ HOMES = {
     "triton": ("kernels/",),
     "flash_attn": ("apb/attention/flash.py",),
     "flash_attn_interface": ("apb/attention/flash.py",),
-    "ray": ("apb/launchers/ray.py",),
+    "ray": ("apb/launchers/ray",),
     "pypdf": ("apb/prompts/document.py",),
 }
 FREE = {"omegaconf.MISSING"}  # the configuration beside each plug-in declares its mandatory fields
