@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo model test lint format wheel clean
+.PHONY: help demo model test nodes lint format wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,6 +16,9 @@ model: $(READY) ## fetch the demo model, 270 MB on disk
 
 test: model ## run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+nodes: model ## test several machines, each a network namespace of this one (Linux, root)
+	$(BIN)/python -m pytest -m nodes tests/nodes
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

@@ -34,8 +34,8 @@ from apb.speculate.base import DrafterConfig
 APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = (
-    *("prompt.document", "prompt.query", "model.path", "model.drafting", "output"),
-    *("drafter.head", "drafter.vocabulary", "drafter.model"),
+    *("prompt.document", "prompt.query", "model.path", "model.sha256", "model.drafting"),
+    *("output", "drafter.head", "drafter.vocabulary", "drafter.model"),
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
 
@@ -116,6 +116,7 @@ class RunConfig:
         allow_beyond_context: run documents longer than the model's positions.
         world_size: ranks that `launcher=local` and `launcher=ray` start; None is one per GPU.
         output: a file for the result as JSON.
+        progress: draw a bar while a request runs, where stderr is a terminal.
     """
 
     model: ModelConfig = MISSING
@@ -134,6 +135,7 @@ class RunConfig:
     allow_beyond_context: bool = False
     world_size: int | None = None
     output: str | None = None
+    progress: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from apb.config import RunConfig, compose_config, model_names, plugin_name, quoted
 from apb.errors import InputError, RequestError
@@ -19,6 +19,7 @@ from apb.launchers.local import LocalSession
 from apb.output import RequestOutput
 from apb.sampling import SamplingParams
 
+T = TypeVar("T")
 Tokens = str | Sequence[int]
 """Text, or token ids of the model's tokenizer."""
 
@@ -127,6 +128,13 @@ class LLM:
         with self._request():
             case: dict[str, str] = _result(self._session.call("needle", **arguments))
             return case
+
+    def shared(self, values: Iterator[T]) -> Iterator[T]:
+        """JSON values other than null, inside torchrun those of rank 0 on every rank.
+
+        Requests made from them are the same on all ranks, as they have to be.
+        """
+        return self._session.shared(values)
 
     def close(self) -> None:
         """End the ranks; repeating it does no harm."""

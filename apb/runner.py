@@ -74,7 +74,7 @@ class RequestRunner:
             AttentionTarget(comm.device, self._dtype, shape.head_dim)
         )
         self._planner = Planner(config, comm, self._method, shape=shape, dtype=self._dtype)
-        self._progress = Progress(enabled=comm.rank == OWNER)
+        self._progress = Progress(enabled=config.progress and comm.rank == OWNER)
         self._engine: Engine | None = None
         self._speculator: Speculator | None = None
 

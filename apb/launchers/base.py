@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Session(ABC):
@@ -20,6 +22,10 @@ class Session(ABC):
             InputError, RequestError: the request failed; the ranks go on.
             EngineDeadError: the ranks are gone.
         """
+
+    def shared(self, values: Iterator[T]) -> Iterator[T]:
+        """JSON values, the same for every process that makes calls."""
+        return values
 
     @abstractmethod
     def close(self) -> None:

@@ -231,7 +231,7 @@ def _reason(error: RayError) -> str:
         return missing.partition("Error: ")[2] or missing
     if isinstance(error, RayActorError):
         detail = next((line for line in lines if "dead because" in line), lines[0])
-        return f"ended without a word ({detail.rstrip('.')})"
+        return f"ended without a word ({detail.partition('. ')[0].rstrip('.')})"
     return f"failed: {lines[-1]}"
 
 

@@ -19,6 +19,7 @@ from apb.errors import InputError
 from apb.launcher_config import RayLauncherConfig
 
 _LOG = logging.getLogger("apb")
+_LOOPBACK = "127.0.0.1"
 _PATIENCE_S = 5.0
 """After this long a user is told what the ranks wait for."""
 
@@ -41,7 +42,13 @@ def connect(address: str) -> bool:
         return False
     try:
         if address == "local":
-            ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING)
+            # With that address nothing of Ray listens beyond this machine.
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                _node_ip_address=_LOOPBACK,
+            )
         else:
             ray.init(address=address, logging_level=logging.WARNING)
     except RuntimeError as error:

@@ -32,7 +32,7 @@ ROWS = [
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate", "frequency", "train"},
+    {"run", "batch", "fetch", "plan", "calibrate", "frequency", "train"},
 ]
 
 # A library may be imported only by these files and folders.
@@ -45,7 +45,8 @@ HOMES = {
     "triton": ("kernels/",),
     "flash_attn": ("apb/attention/flash.py",),
     "flash_attn_interface": ("apb/attention/flash.py",),
-    "ray": ("apb/launchers/ray",),
+    "ray": ("apb/launchers/ray", "apb/batch/ray_rows.py"),
+    "pyarrow": ("apb/batch/",),
     "pypdf": ("apb/prompts/document.py",),
 }
 FREE = {"omegaconf.MISSING"}  # the configuration beside each plug-in declares its mandatory fields
