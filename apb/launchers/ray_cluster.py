@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +42,7 @@ def connect(address: str) -> bool:
     """
     if ray.is_initialized():
         return False
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address == "local":
             # With that address nothing of Ray listens beyond this machine.
@@ -61,6 +64,8 @@ def connect(address: str) -> bool:
             f"no Ray cluster at launcher.address={address}: start one with `ray start --head`, "
             "give its HOST:PORT, or set launcher.address=local for one on this machine alone"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     return True
 
 

@@ -62,15 +62,23 @@ class Nodes:
         self._names = [f"apb-node-{os.getpid()}-{idx}" for idx in range(2)]
         self._is_open = True
         self._random = random.Random(0)
+        self._devices: list[int] = []
+        self._thread = threading.Thread(target=self._carry, daemon=True)
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+        self._thread.start()
+
+    def _build(self) -> None:
         for name in self._names:
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")
-        self._devices = [_in_thread(_open_tun, name) for name in self._names]
+        self._devices += [_in_thread(_open_tun, name) for name in self._names]
         for name, address in zip(self._names, ADDRESSES, strict=True):
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
             _ip("-n", name, "link", "set", DEVICE, "mtu", str(_MTU), "up")
-        self._thread = threading.Thread(target=self._carry, daemon=True)
-        self._thread.start()
 
     def limit(self, mbit: int) -> None:
         """Let each node send that many Mbit/s."""
@@ -103,7 +111,7 @@ class Nodes:
 
     def processes(self) -> list[int]:
         """Ids of all processes on both nodes."""
-        listed = [_run("ip", "netns", "pids", name).split() for name in self._names]
+        listed = [_run("ip", "netns", "pids", name).split() for name in self._made()]
         return [int(pid) for pids in listed for pid in pids]
 
     def clear(self) -> None:
@@ -116,13 +124,18 @@ class Nodes:
             time.sleep(0.05)
 
     def close(self) -> None:
+        """End what runs there and remove the namespaces."""
         self.clear()
         self._is_open = False
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         for device in self._devices:
             os.close(device)
-        for name in self._names:
+        for name in self._made():
             _ip("netns", "del", name)
+
+    def _made(self) -> list[str]:
+        return [name for name in self._names if Path(f"/run/netns/{name}").exists()]
 
     def _carry(self) -> None:
         flying: list[tuple[float, int, int, bytes]] = []
@@ -155,11 +168,11 @@ def _in_thread(function: Callable[[str], int], argument: str) -> int:
 
 def _open_tun(namespace: str) -> int:
     """A TUN device in a namespace, made by a thread that moves there."""
-    device = os.open("/dev/net/tun", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)
     with Path(f"/run/netns/{namespace}").open() as file:
         if libc.setns(file.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns")
+    device = os.open("/dev/net/tun", os.O_RDWR)  # it belongs to the namespace it is opened in
     request = struct.pack("16sH22x", DEVICE.encode(), _IFF_TUN | _IFF_NO_PI)
     fcntl.ioctl(device, _TUNSETIFF, request)
     return device

@@ -1,4 +1,4 @@
-"""The Ray launcher's decisions that need no cluster: order of ranks, GPUs, environment, versions."""
+"""The Ray launcher without a cluster: order of ranks, GPUs, environment, versions."""
 
 from __future__ import annotations
 
