@@ -53,7 +53,7 @@ class RayLauncherConfig(LauncherConfig):
     """
 
     address: str = "auto"
-    placement_timeout_s: float = 60.0
+    placement_timeout_s: int = 60
     strategy: Spread = Spread.PACK
     cpus_per_rank: int = 1
     resources: dict[str, float] = field(default_factory=dict)

@@ -38,6 +38,7 @@ from apb.launchers.ray_rank import INBOX, OUTBOX, RankActor, passed_on
 from apb.methods.decode import OWNER
 
 _EXIT_S = 5.0
+_INLINE_BYTES = 2**16
 _REPORT_S = 1.0
 """Ray reports a killed process about 0.3 s after its peers report their lost connections."""
 
@@ -167,7 +168,9 @@ class RaySession(Session):
             raise
 
     def _send(self, message: dict[str, Any], ranks: Sequence[Any]) -> None:
-        encoded = json.dumps(message).encode()
+        encoded: Any = json.dumps(message).encode()
+        if len(encoded) > _INLINE_BYTES:
+            encoded = ray.put(encoded)  # one copy per node, not one per rank
         for rank in ranks:  # that one is gone shows when its reply is awaited
             rank.post.options(concurrency_group=INBOX).remote(encoded)
 
@@ -184,43 +187,52 @@ class RaySession(Session):
             if self._cause is not None:
                 raise EngineDeadError(self._cause)
             if ready[0] != self._heard:
-                self._die(self._first_cause())
+                self._raise(self._first_cause())
             try:
                 messages = ray.get(self._heard)
             except RayError:
-                self._die(self._first_cause())
+                self._raise(self._first_cause())
             self._unread.extend(json.loads(message) for message in messages)
             self._listen()
         message: dict[str, Any] = self._unread.popleft()
         if "error" not in message:
             return message
-        if message["kind"] == InputError.__name__:
-            raise InputError(message["error"])
-        if message["kind"] == RequestError.__name__:
-            raise RequestError(message["error"])
-        self._die(self._first_cause(message["error"]))
+        is_dead = message["kind"] == EngineDeadError.__name__
+        self._raise(self._first_cause(message) if is_dead else message)
 
-    def _first_cause(self, said: str | None = None) -> str:
-        """What went wrong first: a process that died, else what a rank said, rank 0 last."""
+    def _first_cause(self, said: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What went wrong first: a process that died, else what a rank said, rank 0 last.
+
+        Here is where the gang learns of a rank's end: `run` returns or raises.
+        """
         give_up = time.monotonic() + _REPORT_S
-        waiting, causes = dict(zip(self._runs, range(len(self._runs)), strict=True)), list[str]()
+        waiting, causes = dict(zip(self._runs, range(len(self._runs)), strict=True)), []
         while waiting and (left := give_up - time.monotonic()) > 0:
             for ended in ray.wait(list(waiting), num_returns=1, timeout=left)[0]:
                 rank = waiting.pop(ended)
                 try:
                     words = [json.loads(message) for message in ray.get(ended)]
                 except RayError as error:
-                    return f"rank {rank} on node {self._places[rank].address} {_reason(error)}"
-                causes += [word["error"] for word in words if "error" in word]
-        return next(iter([*causes, *([said] if said else [])]), "a rank ended without a word")
+                    where = f"rank {rank} on node {self._places[rank].address}"
+                    return _dead(f"{where} {_reason(error)}")
+                causes += [word for word in words if "error" in word]
+        return next(iter([*causes, *([said] if said else [])]), _dead("a rank ended too early"))
 
-    def _die(self, cause: str) -> NoReturn:
-        self._stop(cause)
-        raise EngineDeadError(cause)
+    def _raise(self, message: dict[str, Any]) -> NoReturn:
+        if message["kind"] == InputError.__name__:
+            raise InputError(message["error"])
+        if message["kind"] == RequestError.__name__:
+            raise RequestError(message["error"])
+        self._stop(message["error"])
+        raise EngineDeadError(message["error"])
 
     def _stop(self, cause: str) -> None:
         self._cause = cause
         self._finalizer()
+
+
+def _dead(cause: str) -> dict[str, Any]:
+    return {"error": cause, "kind": EngineDeadError.__name__}
 
 
 def _reason(error: RayError) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray
 from ray.util.placement_group import (
@@ -19,10 +21,10 @@ from ray.util.placement_group import (
 
 from apb.errors import InputError
 from apb.launcher_config import RayLauncherConfig
+from apb.launchers.ray_rank import installed_versions
 
 _LOG = logging.getLogger("apb")
-_LOOPBACK = "127.0.0.1"
-_PATIENCE_S = 5.0
+_PATIENCE_S = 5
 """After this long a user is told what the ranks wait for."""
 
 
@@ -44,14 +46,9 @@ def connect(address: str) -> bool:
         return False
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address)
         if address == "local":
-            # With that address nothing of Ray listens beyond this machine.
-            ray.init(
-                address=address,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                _node_ip_address=_LOOPBACK,
-            )
+            ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING)
         else:
             ray.init(address=address, logging_level=logging.WARNING)
     except RuntimeError as error:
@@ -59,7 +56,7 @@ def connect(address: str) -> bool:
             raise
         found = " ".join(str(error).split())
         raise InputError(f"the cluster and this process do not match: {found}") from error
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"no Ray cluster at launcher.address={address}: start one with `ray start --head`, "
             "give its HOST:PORT, or set launcher.address=local for one on this machine alone"
@@ -67,6 +64,14 @@ def connect(address: str) -> bool:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     return True
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens; Ray itself would ask for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_S).close()
 
 
 def count_gpus() -> int:
@@ -91,7 +96,7 @@ def reserve(config: RayLauncherConfig, wanted: Mapping[str, float], ranks: int) 
         if group.wait(min(_PATIENCE_S, config.placement_timeout_s)):
             return group
         _LOG.info("waiting for %s", _shortage(wanted, ranks))
-        if group.wait(max(0.0, config.placement_timeout_s - _PATIENCE_S)):
+        if group.wait(max(0, config.placement_timeout_s - _PATIENCE_S)):
             return group
     except BaseException:
         remove_placement_group(group)
@@ -99,7 +104,7 @@ def reserve(config: RayLauncherConfig, wanted: Mapping[str, float], ranks: int) 
     shortage = _shortage(wanted, ranks)
     remove_placement_group(group)
     raise InputError(
-        f"no room after launcher.placement_timeout_s={config.placement_timeout_s:g}: {shortage}; "
+        f"no room after launcher.placement_timeout_s={config.placement_timeout_s}: {shortage}; "
         "start fewer ranks (world_size), add nodes, or let the job that holds them end"
     )
 
@@ -140,12 +145,12 @@ def local_ranks(order: Sequence[Place]) -> list[int]:
     return numbers
 
 
-def check_versions(order: Sequence[Place], facts: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError, naming the node, unless every rank has the versions of rank 0."""
+def check_versions(order: Sequence[Place], facts: Sequence[Mapping[str, str]]) -> None:
+    """Raises InputError, naming the node, unless every rank has the driver's versions."""
     for place, versions in zip(order, facts, strict=True):
-        for name, theirs in facts[0].items():
-            if versions.get(name) != theirs:
+        for name, ours in installed_versions().items():
+            if versions.get(name) != ours:
                 raise InputError(
-                    f"node {place.address} has {name} {versions.get(name)} and node "
-                    f"{order[0].address} has {name} {theirs}: install the same on every node"
+                    f"node {place.address} has {name} {versions.get(name)} and this process "
+                    f"{name} {ours}: install the same on every node"
                 )

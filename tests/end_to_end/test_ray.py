@@ -35,7 +35,6 @@ def cluster() -> Iterator[str]:
         num_gpus=2,
         include_dashboard=False,
         object_store_memory=80_000_000,
-        _node_ip_address="127.0.0.1",
     )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
@@ -93,8 +92,9 @@ def test_ranks_listen_on_the_nodes_ray_address_alone(llm: LLM) -> None:
         for connection in rank.net_connections()
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert len(found) >= 3  # the store and a gloo port per rank
-    assert set(found) == {"127.0.0.1"}
+    ours = [address for address in found if address != "::"]  # where Ray's own port is
+    assert len(ours) >= 3  # the store and a gloo port per rank
+    assert set(ours) == {ray.util.get_node_ip_address()}
 
 
 def test_a_second_job_on_the_same_gpus_is_told_what_is_free(llm: LLM) -> None:
@@ -107,7 +107,35 @@ def test_a_second_job_on_the_same_gpus_is_told_what_is_free(llm: LLM) -> None:
 
 def test_more_ranks_than_gpus_are_told_how_many_there_are(cluster: str) -> None:
     with pytest.raises(InputError, match=r"3 GPU \(the cluster has 2, \d free\)"):
-        LLM("tiny", launcher="ray", world_size=3, overrides=["launcher.placement_timeout_s=0.5"])
+        LLM("tiny", launcher="ray", world_size=3, overrides=["launcher.placement_timeout_s=1"])
+
+
+@pytest.fixture
+def other_node(cluster: str, tmp_path: Path) -> Iterator[None]:
+    """A second node of the cluster, where another release of transformers is installed."""
+    (tmp_path / "transformers-1.0.dist-info").mkdir()
+    (tmp_path / "transformers-1.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: transformers\nVersion: 1.0\n"
+    )
+    command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={cluster}", "--block"]
+    options = ["--num-cpus=1", "--num-gpus=0", "--object-store-memory=80000000"]
+    node = subprocess.Popen(
+        [*command, *options, '--resources={"other": 1}'],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until_free("other", 1)
+    yield
+    node.terminate()
+    node.wait(30)
+
+
+@pytest.mark.usefixtures("other_node")
+def test_a_node_with_other_versions_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"^node [\d.]+ has transformers 1\.0 and this process"):
+        LLM("tiny", launcher="ray", device="cpu", overrides=["+launcher.resources.other=1"])
+    wait_until_free("other", 1)
 
 
 def test_a_model_that_is_not_there_leaves_nothing_behind(cluster: str) -> None:
@@ -127,7 +155,7 @@ def test_a_killed_rank_is_named_and_its_gang_goes_with_it(cluster: str) -> None:
     with pytest.raises(EngineDeadError) as caught:
         ranks.ask(DOCUMENT, QUESTION, PARAMS)
     assert time.monotonic() - begin < 5
-    assert "on node 127.0.0.1 ended without a word" in str(caught.value)
+    assert f"on node {ray.util.get_node_ip_address()} ended without a word" in str(caught.value)
     with pytest.raises(EngineDeadError) as again:
         ranks.ask(DOCUMENT, QUESTION, PARAMS)
     assert str(again.value) == str(caught.value)
@@ -140,13 +168,15 @@ def test_a_killed_driver_leaves_no_ranks(cluster: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "apb.run", "+model=tiny", "launcher=ray", "device=cpu"]
     settings = [f"launcher.address={cluster}", "decode.max_tokens=60000", "decode.ignore_eos=true"]
     driver = subprocess.Popen([*command, *settings], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    give_up = time.monotonic() + 60
-    while free("CPU") >= before:
-        assert time.monotonic() < give_up
-        assert driver.poll() is None
-        time.sleep(0.1)
-    driver.kill()
-    driver.wait()
+    try:
+        give_up = time.monotonic() + 60
+        while free("CPU") >= before:
+            assert time.monotonic() < give_up
+            assert driver.poll() is None
+            time.sleep(0.1)
+    finally:
+        driver.kill()
+        driver.wait()
     wait_until_free("CPU", before)
 
 
