@@ -11,10 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from queue import Empty, Queue
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
+from typing import Any
 
 PASSED_ON = (
     *("APB_HOME", "APB_FAULTS", "APB_LOG_*", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_*"),
@@ -83,7 +80,7 @@ class RankActor:
         if os.path.isdir(folder):
             os.chdir(folder)
         self._mailbox = Mailbox()
-        self._store: Store | None = None
+        self._store: Any = None  # of rank 0, which hosts it
 
     def facts(self) -> dict[str, str]:
         """Versions of what has to be the same on every node."""
@@ -93,9 +90,9 @@ class RankActor:
         """Open the store that ranks meet in, on that address of this node; returns its port."""
         from apb.worker import host_store
 
-        store = host_store(address)
-        self._store = store
-        return store.port
+        self._store = host_store(address)
+        port: int = self._store.port
+        return port
 
     def run(self, address: str, store: tuple[str, int]) -> list[bytes]:
         """Serve requests until told to end; returns what nobody has taken, such as an error.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import codecs
 import io
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from apb.errors import InputError
 
+MAX_BYTES = 256 * 2**20
+"""Of a file, and of the text in it."""
+MAX_PAGES = 20_000
+"""Of a PDF."""
+
 
 def read_document(
-    path: str | Path, *, max_bytes: int = sys.maxsize - 1, max_pages: int = sys.maxsize
+    path: str | Path, *, max_bytes: int = MAX_BYTES, max_pages: int = MAX_PAGES
 ) -> str:
     """Return the text of the file at `path`, which holds more than white space.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apb.errors import InputError
-from apb.prompts.document import read_document
+from apb.prompts.document import MAX_BYTES, MAX_PAGES, read_document
 
 MakeNeedle = Callable[..., Mapping[str, str]]
 """``make_needle`` on a rank, where the tokenizer is: arguments in, the case's fields out."""
@@ -74,8 +74,8 @@ class FileConfig(TextConfig):
         max_pages: of a PDF.
     """
 
-    max_bytes: int = 256 * 2**20
-    max_pages: int = 20_000
+    max_bytes: int = MAX_BYTES
+    max_pages: int = MAX_PAGES
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pages"):

@@ -100,7 +100,7 @@ class Nodes:
         """A process on a node; what it prints is in one pipe."""
         return subprocess.Popen(
             ["ip", "netns", "exec", self._names[node], *command],
-            env={**os.environ, "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

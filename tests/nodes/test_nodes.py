@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from apb.paths import model_home
-from nodes.network import ADDRESSES, ROOT, Nodes, why_not
+from nodes.network import ADDRESSES, DEVICE, ROOT, Nodes, why_not
 
 pytestmark = [pytest.mark.nodes, pytest.mark.timeout(600)]
 RUN = [sys.executable, "-m", "apb.run"]
@@ -53,7 +53,8 @@ def expected(*settings: str) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
         command = [*RUN, *settings, "world_size=1", "output=one.json"]
         subprocess.run(command, cwd=folder, check=True, timeout=300)
-        return answer(Path(folder) / "one.json")["token_ids"]
+        token_ids: list[int] = answer(Path(folder) / "one.json")["token_ids"]
+        return token_ids
 
 
 def answer(path: Path) -> dict[str, Any]:
@@ -78,6 +79,7 @@ class Torchrun:
     def start(self, folder: Path, *settings: str) -> subprocess.Popen[str]:
         """The run; what is returned is node 0's part, with rank 0."""
         shared = {"NNODES": "2", "NPROC": "2", "MASTER_ADDR": ADDRESSES[0]}
+        shared["GLOO_SOCKET_IFNAME"] = DEVICE  # the nodes' host name leads nowhere
         shared["PATH"] = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/bin"
         command = ["bash", str(ROOT / "launch/torchrun_nodes.sh"), *settings]
         second, first = (

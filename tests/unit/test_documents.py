@@ -125,10 +125,10 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert "cannot be read ([Errno 13] Permission denied)" in error_of(tmp_path / "secret.txt")
     monkeypatch.undo()
     assert "cannot be read" in error_of(Path("nul\0byte"))

@@ -147,7 +147,7 @@ def test_scripts_stop_at_the_first_error(path: Path) -> None:
 def test_sbatch_asks_for_one_task_per_node_before_any_command() -> None:
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     headers = [line for line in lines if line.startswith("#SBATCH ")]
-    asked = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in headers)
+    asked = {name: value for name, _, value in (line[10:].partition("=") for line in headers)}
     assert asked["ntasks-per-node"] == "1"
     assert {"nodes", "gpus-per-node", "time", "output"} <= asked.keys()
     first_command = next(idx for idx, line in enumerate(lines) if line and line[0] != "#")
