@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from apb.comm import Communicator
 from apb.config import compose_config
@@ -68,7 +69,7 @@ def join_group(
     device: torch.device,
     *,
     init_method: str = "env://",
-    store: dist.Store | None = None,
+    store: Any | None = None,
 ) -> tuple[Communicator, Callable[[], None]]:
     """Meet the other ranks; returns how to talk to them and how to leave.
 
@@ -92,20 +93,20 @@ def join_group(
     return Communicator(rank, world_size, device, defer_checks=deferred), leave
 
 
-def host_store(address: str) -> dist.TCPStore:
+def host_store(address: str) -> Any:
     """A store for ranks to meet in, on a free port of that address of this machine and no other."""
     family, *_ = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
     listener = socket.create_server((address, 0), family=family)
     port: int = listener.getsockname()[1]
     # Without a socket of ours it would listen on every address of the machine.
-    return dist.TCPStore(
+    return TCPStore(
         address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
 
 
-def reach_store(address: str, port: int) -> dist.TCPStore:
+def reach_store(address: str, port: int) -> Any:
     """The store that another rank hosts."""
-    return dist.TCPStore(address, port, is_master=False)
+    return TCPStore(address, port, is_master=False)
 
 
 def main() -> int:
@@ -122,7 +123,7 @@ def serve(
     world_size: int,
     *,
     local_rank: int,
-    store: dist.Store | None = None,
+    store: Any | None = None,
 ) -> int:
     """Answer requests until the driver says `exit`; returns the exit code, errors are sent."""
     try:
@@ -149,7 +150,7 @@ def _follow_parent() -> None:
 
 
 def _serve(
-    connection: Channel, rank: int, world_size: int, local_rank: int, store: dist.Store | None
+    connection: Channel, rank: int, world_size: int, local_rank: int, store: Any | None
 ) -> None:
     hello = _receive(connection)
     configure_logging(rank, world_size)

@@ -51,7 +51,8 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
         raise InputError("a batch takes its documents from input=: drop prompt=")
     with closing(LLM.from_overrides(overrides)) as llm:
         if os.environ.get("RANK", "0") != "0":  # of a torchrun gang: rank 0 reads and writes
-            for row in llm.shared(iter(())):
+            unread: Iterator[dict[str, str]] = iter(())
+            for row in llm.shared(unread):
                 _answer(llm, config, **row)
             return 0
         check_output(Path(output))

@@ -83,7 +83,8 @@ class RaySession(Session):
         variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         if threads := os.environ.get("OMP_NUM_THREADS"):
             variables["OMP_NUM_THREADS"] = threads
-        actor = ray.remote(concurrency_groups={INBOX: 1, OUTBOX: 1})(RankActor)
+        remote: Any = ray.remote  # its types know fewer options
+        actor = remote(concurrency_groups={INBOX: 1, OUTBOX: 1})(RankActor)
         for rank, (place, local_rank) in enumerate(zip(order, local_ranks(order), strict=True)):
             options = actor.options(
                 num_cpus=wanted["CPU"],

@@ -90,7 +90,7 @@ def reserve(config: RayLauncherConfig, wanted: Mapping[str, float], ranks: int) 
     Raises:
         InputError: the cluster has not had room within the time given.
     """
-    group = placement_group([dict(wanted)] * ranks, strategy=config.strategy.value)
+    group: PlacementGroup = placement_group([dict(wanted)] * ranks, strategy=config.strategy.value)
     # An infeasible group never fails by itself.
     try:
         if group.wait(min(_PATIENCE_S, config.placement_timeout_s)):

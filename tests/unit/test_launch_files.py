@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from apb.batch.__main__ import _parse
 from apb.config import compose_config, normalised
