@@ -64,6 +64,7 @@ class Nodes:
         self._random = random.Random(0)
         self._devices: list[int] = []
         self._thread = threading.Thread(target=self._carry, daemon=True)
+        _remove_orphans()
         try:
             self._build()
         except BaseException:
@@ -111,16 +112,13 @@ class Nodes:
 
     def processes(self) -> list[int]:
         """Ids of all processes on both nodes."""
-        listed = [_run("ip", "netns", "pids", name).split() for name in self._made()]
-        return [int(pid) for pids in listed for pid in pids]
+        return [pid for name in self._made() for pid in _processes_in(name)]
 
     def clear(self) -> None:
         """End all processes on both nodes."""
         give_up = time.monotonic() + 10
         while (left := self.processes()) and time.monotonic() < give_up:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _kill(left)
             time.sleep(0.05)
 
     def close(self) -> None:
@@ -158,6 +156,26 @@ class Nodes:
                 if not self.is_cut:
                     with suppress(OSError):  # no room in its queue: lost, as on any wire
                         os.write(device, packet)
+
+
+def _remove_orphans() -> None:
+    """Remove what a run that was killed outright has left behind."""
+    for line in _run("ip", "netns", "list").splitlines():
+        name = line.split()[0]
+        prefix, _, rest = name.partition("apb-node-")
+        if not prefix and rest and not Path(f"/proc/{rest.partition('-')[0]}").exists():
+            _kill(_processes_in(name))
+            _ip("netns", "del", name)
+
+
+def _processes_in(namespace: str) -> list[int]:
+    return [int(pid) for pid in _run("ip", "netns", "pids", namespace).split()]
+
+
+def _kill(processes: Sequence[int]) -> None:
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _in_thread(function: Callable[[str], int], argument: str) -> int:
