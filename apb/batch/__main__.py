@@ -99,7 +99,8 @@ class _Batch:
             try:
                 yield self._read(row)
             except InputError as error:
-                self.record({"id": row.id, "question": row.question, "error": str(error)})
+                question = row.question or self._question
+                self.record({"id": row.id, "question": question, "error": str(error)})
 
     def _read(self, row: Row) -> dict[str, str]:
         if row.error is not None:
