@@ -113,8 +113,8 @@ def _parquet(folder: Path, files: list[Path]) -> Rows:
 
 
 def _remote(source: str) -> Rows:
-    if find_spec("ray") is None or find_spec("pyarrow") is None:
-        raise InputError(f"input={source} needs more packages: pip install 'apb[ray,parquet]'")
+    if any(find_spec(name) is None for name in ("ray", "pandas", "pyarrow")):
+        raise InputError(f"input={source} needs Ray Data: pip install 'apb[ray]'")
     from apb.batch.ray_rows import read_columns
 
     def read() -> Iterator[Row]:
