@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import fnmatch
 import os
@@ -103,6 +104,8 @@ class RankActor:
         """
         from apb.worker import reach_store, serve
 
+        with contextlib.suppress(PermissionError):  # Ray's processes yield to all others
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
         if (interface := interface_of(address)) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         serve(
