@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo model test faults long lint format wheel clean
+.PHONY: help demo model test faults nodes long lint format wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,9 @@ faults: $(READY) ## kill, hang and spoil ranks in every stage, 5 minutes
 
 long: model ## run the tests that take too long for every day
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+nodes: model ## test several machines, each a network namespace of this one (Linux, root)
+	$(BIN)/python -m pytest -m nodes tests/nodes
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from apb.attention.base import BackendConfig
 from apb.errors import InputError
+from apb.launcher_config import LauncherConfig
 from apb.methods.audit import AuditSample
 from apb.methods.base import MethodConfig
 from apb.methods.placement import Placement
@@ -34,10 +35,9 @@ from apb.supervision import SupervisionConfig
 APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = (
-    *("prompt.document", "prompt.query", "model.path", "model.drafting", "output"),
-    "method.layer_budgets",
-    *("drafter.head", "drafter.vocabulary", "drafter.model"),
-    "method.compressor.heads",
+    *("prompt.document", "prompt.query", "model.path", "model.sha256", "model.drafting"),
+    *("output", "drafter.head", "drafter.vocabulary", "drafter.model"),
+    *("method.layer_budgets", "method.compressor.heads"),
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
 
@@ -116,11 +116,11 @@ class RunConfig:
         device: `auto`, `cpu` or `cuda`.
         seed: of sampling, the random compressor and generated documents.
         allow_beyond_context: run documents longer than the model's positions.
-        launcher: `auto` (torchrun inside one, else local), `local` or `torchrun`.
-        world_size: ranks that the local launcher starts.
+        world_size: ranks that `launcher=local` and `launcher=ray` start; None is one per GPU.
         output: a file for the result as JSON.
         on_failure: of a rank: `restart` all ranks for the next request, or `stop`.
         request_timeout_s: after which a request fails, counted from when the ranks take it.
+        progress: draw a bar while a request runs, where stderr is a terminal.
     """
 
     model: ModelConfig = MISSING
@@ -129,6 +129,7 @@ class RunConfig:
     prompt: PromptConfig = MISSING
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     drafter: DrafterConfig = MISSING
+    launcher: LauncherConfig = MISSING
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
@@ -137,16 +138,15 @@ class RunConfig:
     device: str = "auto"
     seed: int = 0
     allow_beyond_context: bool = False
-    launcher: str = "auto"
     world_size: int | None = None
     output: str | None = None
     on_failure: str = "restart"
     request_timeout_s: float | None = None
+    progress: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        _check_choice("launcher", self.launcher, ("auto", "local", "torchrun"))
         _check_choice("on_failure", self.on_failure, ("restart", "stop"))
         if self.request_timeout_s is not None and self.request_timeout_s <= 0:
             raise InputError(f"request_timeout_s={self.request_timeout_s} must be positive")

@@ -61,7 +61,7 @@ class Fault:
                 for name in ("rank", "layer", "request", "gang", "seconds")
                 if name in given
             }
-            fault = cls(**numbers, **given)
+            fault = cls(**numbers, **given)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{VARIABLE} has {text!r}: write rank=N,stage=STAGE,kind=KIND and, where wanted, "

@@ -5,20 +5,20 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from apb.config import RunConfig, compose_config, model_names, quoted
+from apb.config import compose_config, model_names, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
-from apb.launchers.local import LocalSession
-from apb.launchers.restart import RestartingSession
+from apb.launchers.opening import open_session
 from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
+T = TypeVar("T")
 Tokens = str | Sequence[int]
 """Text, or token ids of the model's tokenizer."""
 
@@ -28,9 +28,9 @@ class LLM:
 
     Args:
         model: a name in `conf/model/`, a local folder, a GGUF file or a Hub id.
-        world_size: ranks that `launcher="local"` starts; by default one per GPU, or one.
-        launcher: `local` (processes of this machine), `torchrun` (inside one: every rank calls and
-            every rank gets the result) or `auto`.
+        world_size: ranks that `launcher="local"` and `"ray"` start; by default one per GPU, or one.
+        launcher: `local` (processes of this machine), `ray` (actors of a cluster), `torchrun`
+            (inside one: every rank calls and every rank gets the result) or `auto`.
         overrides: any Hydra override, such as ``"method.anchor_len=256"``.
         settings: shorthand for the common ones: `method`, `backend`, `drafter`, `dtype`, `device`,
             `num_blocks`, `seed`, `allow_beyond_context`, `on_failure`, `request_timeout_s`.
@@ -77,7 +77,7 @@ class LLM:
     def start(self) -> None:
         """Start the ranks if they are not there yet, as the first request would."""
         if self._opened is None:
-            self._opened = _open_session(self.config, lambda: self._overrides)
+            self._opened = open_session(self.config, lambda: self._overrides)
 
     @property
     def _session(self) -> Session:
@@ -171,6 +171,13 @@ class LLM:
             case: dict[str, str] = _result(self._session.call("needle", **arguments))
             return case
 
+    def shared(self, values: Iterator[T]) -> Iterator[T]:
+        """JSON values other than null, inside torchrun those of rank 0 on every rank.
+
+        Requests made from them are the same on all ranks, as they have to be.
+        """
+        return self._session.shared(values)
+
     def close(self) -> None:
         """End the ranks; repeating it does no harm."""
         if self._opened is not None:
@@ -206,35 +213,6 @@ class LLM:
                 yield
             finally:
                 self._holder = None
-
-
-def _open_session(config: RunConfig, overrides: Callable[[], Sequence[str]]) -> Session:
-    """`overrides` says which settings hold at the time, as later ranks start with those."""
-    if config.launcher == "torchrun" or (config.launcher == "auto" and inside_torchrun()):
-        # Here, as it imports transformers, which the driver of a local gang does without.
-        from apb.launchers.torchrun import TorchrunSession
-
-        return TorchrunSession(config)
-    world_size = config.world_size or default_world_size(config)
-
-    def start(restarts: int) -> Session:
-        return LocalSession(
-            overrides(), world_size=world_size, supervision=config.supervision, restarts=restarts
-        )
-
-    if config.on_failure == "stop":
-        return start(0)
-    return RestartingSession(start, config.supervision)
-
-
-def inside_torchrun() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def default_world_size(config: RunConfig) -> int:
-    import torch
-
-    return 1 if config.device == "cpu" else max(1, torch.cuda.device_count())
 
 
 def _model_overrides(model: str) -> list[str]:

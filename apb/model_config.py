@@ -36,6 +36,7 @@ class ModelConfig:
         name: what results call it.
         path: a folder, a GGUF file, a folder below the model home, or a Hub id.
         revision: Hub revision.
+        sha256: a file with digests, as `sha256sum` writes it, that the model's files must have.
         template: `auto`, `chat`, `plain` or `raw` (see `apb.prompts.template`).
         user_template: how document and question share the user's turn.
         architecture: random weights for this Hugging Face configuration instead of a checkpoint.
@@ -47,6 +48,7 @@ class ModelConfig:
     name: str = "custom"
     path: str = ""
     revision: str | None = None
+    sha256: str | None = None
     template: str = "auto"
     user_template: str = "{document}\n\n{question}"
     architecture: dict[str, Any] | None = None

@@ -15,6 +15,12 @@ from apb.attention.reference import ReferenceConfig
 from apb.attention.sdpa import SdpaConfig
 from apb.compress.fusion import FusionConfig
 from apb.compress.table import COMPRESSORS
+from apb.launcher_config import (
+    AutoLauncherConfig,
+    LocalLauncherConfig,
+    RayLauncherConfig,
+    TorchrunLauncherConfig,
+)
 from apb.methods.apb import ApbConfig
 from apb.methods.auto import AutoConfig
 from apb.methods.full import FullConfig
@@ -63,6 +69,12 @@ PLUGINS: Mapping[str, Mapping[str, type]] = {
         "model": DraftModelConfig,
         "ouroboros": OuroborosConfig,
         "none": NoDrafterConfig,
+    },
+    "launcher": {
+        "auto": AutoLauncherConfig,
+        "local": LocalLauncherConfig,
+        "torchrun": TorchrunLauncherConfig,
+        "ray": RayLauncherConfig,
     },
     "prompt": {"needle": NeedleConfig, "file": FileConfig, "text": TextConfig},
 }

@@ -59,7 +59,7 @@ class RequestRunner:
         self._reader = RequestReader(config, max_positions=max_positions)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
-        self._progress = Progress(enabled=comm.rank == OWNER)
+        self._progress = Progress(enabled=config.progress and comm.rank == OWNER)
         self._model: CausalLM | None = None
         self._speculator: Speculator | None = None
         self._configure(config, self._parts(config))

@@ -11,20 +11,21 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from apb.comm import Communicator
 from apb.config import compose_config
-from apb.errors import InputError, RequestError
+from apb.errors import ApbError, EngineDeadError, InputError, RequestError
 from apb.faults import FaultInjector, FaultyCommunicator, planned_faults
 from apb.heartbeat import Beat, Board, Pulse, Stage
 from apb.log import configure_logging
@@ -35,7 +36,19 @@ from apb.supervision import Report
 _PARENT_CHECK_S = 1.0
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """Idle ranks wait out whole prefills; that a peer is gone shows at once, by its connection."""
-_STORE_TIMEOUT = timedelta(seconds=30)
+
+
+class Channel(Protocol):
+    """What a rank and its driver exchange JSON over; `multiprocessing` connections are some."""
+
+    def send_bytes(self, buf: bytes, /) -> None:
+        """Send one message."""
+
+    def recv_bytes(self) -> bytes:
+        """The next message; waits for it."""
+
+    def poll(self) -> bool:
+        """Whether there is one."""
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -116,18 +129,6 @@ def join_group(
     return Communicator(rank, world_size, device, **settings), leave
 
 
-def agent_keeps_store() -> bool:
-    """Whether torchrun's agent keeps the store; otherwise rank 0 does, once the ranks meet."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def open_store(prefix: str = "") -> Store:
-    """A connection of its own to the store that the environment names, to keys with that prefix."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
-    return PrefixStore(prefix, store) if prefix else store
-
-
 def main() -> int:
     """A rank of the local launcher: serve requests from an inherited connection until it closes."""
     connection = Connection(int(os.environ["APB_CONNECTION"]))
@@ -143,7 +144,16 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
     slot = board.slot(rank)
     try:
-        _serve(connection, hello, rank, world_size, slot)
+        init_method = (folder / "rendezvous").as_uri()
+        _serve(
+            connection,
+            hello,
+            rank,
+            world_size,
+            init_method=init_method,
+            local_rank=rank,
+            slot=slot,
+        )
     except (EOFError, BrokenPipeError):
         _end_all(folder, board)
     except InputError as error:
@@ -175,16 +185,53 @@ def _end_all(folder: Path, board: Board) -> NoReturn:
     os._exit(1)
 
 
+def serve(
+    connection: Channel, rank: int, world_size: int, *, local_rank: int, store: Store | None
+) -> int:
+    """Answer requests until the driver says `exit`; returns the exit code, errors are sent.
+
+    For drivers that watch ranks by other means than `main`'s.
+    """
+    try:
+        _serve(
+            connection, _receive(connection), rank, world_size, local_rank=local_rank, store=store
+        )
+    except (EOFError, BrokenPipeError):
+        return 1  # the driver is gone, and with it whoever could be told
+    except ApbError as error:
+        _send(connection, {"error": str(error), "kind": type(error).__name__})
+        return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        cause = f"rank {rank} failed: {type(error).__name__}: {error}"
+        _send(connection, {"error": cause, "kind": EngineDeadError.__name__})
+        return 1
+    return 0
+
+
 def _serve(
-    connection: Connection, hello: dict[str, Any], rank: int, world_size: int, slot: memoryview
+    connection: Channel,
+    hello: dict[str, Any],
+    rank: int,
+    world_size: int,
+    *,
+    init_method: str = "env://",
+    local_rank: int,
+    slot: memoryview | None = None,
+    store: Store | None = None,
 ) -> None:
     configure_logging(rank, world_size)
     config = compose_config(hello["overrides"])
-    pulse, injector = begin_pulse(rank, restarts=hello["restarts"], slot=slot)
-    device = choose_device(config.device, rank)
-    init_method = (Path(hello["folder"]) / "rendezvous").as_uri()
+    pulse, injector = begin_pulse(rank, restarts=hello.get("restarts", 0), slot=slot)
+    device = choose_device(config.device, local_rank)
     comm, leave = join_group(
-        rank, world_size, device, init_method=init_method, pulse=pulse, injector=injector
+        rank,
+        world_size,
+        device,
+        init_method=init_method,
+        store=store,
+        pulse=pulse,
+        injector=injector,
     )
     runner = RequestRunner(config, comm, pulse)
     pulse.enter(Stage.IDLE)
@@ -195,7 +242,7 @@ def _serve(
     leave()
 
 
-def _handle(runner: RequestRunner, request: dict[str, Any], connection: Connection) -> None:
+def _handle(runner: RequestRunner, request: dict[str, Any], connection: Channel) -> None:
     if request["op"] == "cancel":  # it came after its request had ended
         return
     try:
@@ -209,18 +256,18 @@ def _handle(runner: RequestRunner, request: dict[str, Any], connection: Connecti
             _send(connection, {"error": str(error), "kind": type(error).__name__})
 
 
-def _cancelled(connection: Connection) -> bool:
+def _cancelled(connection: Channel) -> bool:
     """Whether the driver has written anything: during a request that can only be `cancel`."""
     if not connection.poll():
         return False
     return bool(_receive(connection)["op"] == "cancel")
 
 
-def _send(connection: Connection, message: dict[str, Any]) -> None:
+def _send(connection: Channel, message: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def _receive(connection: Connection) -> dict[str, Any]:
+def _receive(connection: Channel) -> dict[str, Any]:
     message: dict[str, Any] = json.loads(connection.recv_bytes())
     return message
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from apb.config import RunConfig
+from apb.config import RunConfig, plugin_name
 from apb.errors import InputError
 from apb.evaluate.cases import Item, Vocabulary, items
 from apb.evaluate.journal import Journal, Place, Row, read_evaluation
 from apb.evaluate.settings import Settings
 from apb.hf.model import load_config
 from apb.hf.tokenizer import load_tokenizer
-from apb.llm import LLM, inside_torchrun
+from apb.launchers.opening import inside_torchrun
+from apb.llm import LLM
 from apb.prompts.encode import control_tokens, encode_plain, start_ids
 
 _ROOM = 384
@@ -31,7 +32,7 @@ def evaluate(settings: Settings) -> Sequence[Row]:
         ApbError: a request failed, or the folder cannot be written; finished rows are kept.
     """
     config = settings.config
-    if inside_torchrun() or config.launcher == "torchrun":
+    if inside_torchrun() or plugin_name("launcher", config.launcher) == "torchrun":
         raise InputError("an evaluation starts its ranks itself: run it without torchrun")
     _check_lengths(settings, config)
     found = items(settings, _vocabulary(config), max_tokens=config.decode.max_tokens)

@@ -14,7 +14,7 @@ from apb.config import RunConfig, compose_config
 from apb.errors import InputError
 from apb.evaluate.match import match_all, match_part, word_f1
 from apb.evaluate.tasks import GROUPS, PROSE, TASKS
-from apb.llm import default_world_size
+from apb.launchers.opening import default_world_size
 from apb.plugins import PLUGINS
 
 METRICS = {"part": match_part, "all": match_all, "f1": word_f1}

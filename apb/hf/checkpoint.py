@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from apb.errors import InputError
 from apb.hf.gguf import check_gguf_support
+from apb.hf.manifest import check_files, read_manifest
 from apb.model_config import ModelConfig
 from apb.paths import model_home
 
@@ -53,6 +55,28 @@ class Checkpoint:
         if config.revision is not None:
             options["revision"] = config.revision
         return cls(config.path, options)
+
+    def check_digests(self, config: ModelConfig) -> None:
+        """Raises InputError unless the files are those of `model.sha256`, where that is given.
+
+        The ranks of a machine share the work, so that all of them have to ask.
+        """
+        if config.sha256 is None:
+            return
+        folder = Path(self.location)
+        if not folder.is_dir():
+            raise InputError(
+                f"model.sha256 needs a folder or a GGUF file, and model.path={config.path} is a "
+                "Hub id: download the model and give its folder"
+            )
+        weights = [self.gguf] if self.gguf else folder.glob("*.safetensors")
+        check_files(
+            folder,
+            read_manifest(Path(config.sha256).expanduser()),
+            [path.name for path in weights],
+            part=int(os.environ.get("LOCAL_RANK", "0")),
+            parts=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
 
     def load_config(self) -> PreTrainedConfig:
         """The Hugging Face configuration, refused by name if apb cannot run it."""

@@ -94,6 +94,7 @@ class CausalLM:
                 _random_model(hf_config, config.weights_seed, dtype), device, chunk_len=chunk_len
             )
         checkpoint = Checkpoint.find(config)
+        checkpoint.check_digests(config)
         transformers_logging.disable_progress_bar()
         try:
             if checkpoint.gguf is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
 
 from apb.errors import EngineDeadError
+
+T = TypeVar("T")
 
 
 class Session(ABC):
@@ -26,6 +28,10 @@ class Session(ABC):
     def failure(self) -> EngineDeadError | None:
         """Why the ranks are gone, where that shows without asking them."""
         return None
+
+    def shared(self, values: Iterator[T]) -> Iterator[T]:
+        """JSON values, the same for every process that makes calls."""
+        return values
 
     @abstractmethod
     def close(self) -> None:

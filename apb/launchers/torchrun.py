@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from apb.agreement import from_owner
 from apb.config import RunConfig
 from apb.errors import EngineDeadError, InputError, RequestError
 from apb.heartbeat import Stage
@@ -14,13 +16,10 @@ from apb.launchers.base import Session
 from apb.launchers.rendezvous import fresh_prefix
 from apb.launchers.watch import StoreWatch
 from apb.runner import RequestRunner
-from apb.worker import (
-    agent_keeps_store,
-    begin_pulse,
-    choose_device,
-    join_group,
-    open_store,
-)
+from apb.stores import agent_keeps_store, open_store
+from apb.worker import begin_pulse, choose_device, join_group
+
+T = TypeVar("T")
 
 
 class TorchrunSession(Session):
@@ -44,6 +43,9 @@ class TorchrunSession(Session):
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         pulse, injector = begin_pulse(rank, restarts=restarts)
         device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", rank)))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and sys.platform == "linux":
+            # All ranks are here, so that none has to listen beyond this machine.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         watching = partial(
             StoreWatch, pulse=pulse, rank=rank, world_size=world_size, config=config.supervision
         )
@@ -53,12 +55,12 @@ class TorchrunSession(Session):
                 start_s = config.supervision.start_s
                 prefix = fresh_prefix(open_store(), rank, world_size, timeout_s=start_s)
                 self._watch = watching(open_store(f"{prefix}/watch"))
-                comm, self._leave = join(store=open_store(f"{prefix}/group"))
+                self._comm, self._leave = join(store=open_store(f"{prefix}/group"))
             else:
-                comm, self._leave = join()
+                self._comm, self._leave = join()
                 if world_size > 1 and "MASTER_ADDR" in os.environ:
                     self._watch = watching(open_store("apb/watch"))
-            self._runner = RequestRunner(config, comm, pulse)
+            self._runner = RequestRunner(config, self._comm, pulse)
         except BaseException:
             self.close()
             raise
@@ -80,6 +82,15 @@ class TorchrunSession(Session):
 
     def failure(self) -> EngineDeadError | None:
         return self._failure
+
+    def shared(self, values: Iterator[T]) -> Iterator[T]:
+        """The owner's values; what the other ranks pass is not looked at."""
+        while True:
+            mine = next(values, None) if self._runner.is_owner else None
+            value: T | None = from_owner(self._comm, mine)
+            if value is None:
+                return
+            yield value
 
     def close(self) -> None:
         if self._watch is not None:

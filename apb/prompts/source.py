@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from apb.errors import InputError
-from apb.prompts.document import read_document
+from apb.prompts.document import MAX_BYTES, MAX_PAGES, read_document
 
 MakeNeedle = Callable[..., Mapping[str, str]]
 """``make_needle`` on a rank, where the tokenizer is: arguments in, the case's fields out."""
@@ -67,8 +67,29 @@ class TextConfig(PromptConfig):
 
 @dataclass(kw_only=True, slots=True)
 class FileConfig(TextConfig):
-    """`document` is the path of a UTF-8 text or PDF file."""
+    """`document` is the path of a UTF-8 text or PDF file.
+
+    Attributes:
+        max_bytes: of a file, and of the text in it.
+        max_pages: of a PDF.
+    """
+
+    max_bytes: int = MAX_BYTES
+    max_pages: int = MAX_PAGES
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pages"):
+            if getattr(self, name) < 1:
+                raise InputError(f"prompt.{name}={getattr(self, name)} must be at least 1")
 
     def load(self, make_needle: MakeNeedle, *, seed: int) -> PromptText:
         given = TextConfig.load(self, make_needle, seed=seed)
-        return given._replace(document=read_document(Path(given.document)))
+        return given._replace(document=self.read(Path(given.document)))
+
+    def read(self, path: Path) -> str:
+        """The text of a file, which keeps the limits.
+
+        Raises:
+            InputError: it does not, or it cannot be read.
+        """
+        return read_document(path, max_bytes=self.max_bytes, max_pages=self.max_pages)

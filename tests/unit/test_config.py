@@ -136,7 +136,10 @@ def test_whole_share_stays_a_share() -> None:
         ([MODEL, "world_size=0"], "world_size=0 must be at least 1"),
         ([MODEL, "dtype=int3"], "dtype=int3 must be one of"),
         ([MODEL, "device=tpu"], "device=tpu must be one of"),
-        ([MODEL, "launcher=slurm"], "launcher=slurm must be one of"),
+        (
+            [MODEL, "launcher=slurm"],
+            "launcher=slurm does not exist: choose one of auto, local, ray",
+        ),
         ([MODEL, "decode.top_p=0"], "top_p"),
         ([MODEL, "decode.max_tokens=0"], "max_tokens"),
         ([MODEL, "method.passing_len=1.5"], "passing_len=1.5"),

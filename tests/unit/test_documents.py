@@ -125,10 +125,41 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert "cannot be read ([Errno 13] Permission denied)" in error_of(tmp_path / "secret.txt")
     monkeypatch.undo()
     assert "cannot be read" in error_of(Path("nul\0byte"))
+
+
+def test_a_file_at_the_limit_is_read_and_one_byte_more_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 10)
+    assert read_document(path, max_bytes=10) == "x" * 10
+    with pytest.raises(InputError, match=r"a\.txt is larger than prompt\.max_bytes=9;"):
+        read_document(path, max_bytes=9)
+
+
+def test_a_device_without_an_end_is_refused() -> None:
+    with pytest.raises(InputError, match=r"larger than prompt\.max_bytes=1000"):
+        read_document("/dev/zero", max_bytes=1000)
+
+
+def test_a_pdf_keeps_the_limits_of_pages_and_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.pdf"
+    data = pdf_bytes(*["word"] * 3)
+    path.write_bytes(data)
+    assert read_document(path, max_pages=3).count("word") == 3
+    with pytest.raises(InputError, match=r"has 3 pages, more than prompt\.max_pages=2;"):
+        read_document(path, max_pages=2)
+    # A packed page is a small file with a long text.
+    writer = pypdf.PdfWriter(io.BytesIO(pdf_bytes("word" * 5000)))
+    for page in writer.pages:
+        page.compress_content_streams()
+    writer.write(path)
+    limit = 10_000
+    assert path.stat().st_size < limit
+    with pytest.raises(InputError, match=rf"holds more text than prompt\.max_bytes={limit};"):
+        read_document(path, max_bytes=limit)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 ROWS = [
     {"errors", "paths", "heartbeat"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
-    | {"log", "output", "progress", "model_config", "corpus", "arguments", "packed", "plot"}
-    | {"supervision", "drain"},
+    | {"log", "output", "progress", "model_config", "launcher_config", "corpus", "arguments"}
+    | {"packed", "plot", "supervision", "drain"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
@@ -30,16 +30,16 @@ ROWS = [
     {"config"},
     {"planning", "requests", "plan_report"},
     {"runner"},
-    {"worker"},
+    {"worker", "stores"},
     {"launchers", "rates_bench", "link_bench"},
     {"llm"},
     {"__init__"},
-    {"run", "fetch", "plan", "calibrate", "frequency", "train", "evaluate", "heads"},
+    {"run", "batch", "fetch", "plan", "calibrate", "frequency", "train", "evaluate", "heads"},
 ]
 
 # A library may be imported only by these files and folders.
 HOMES = {
-    "torch.distributed": ("apb/comm.py", "apb/worker.py"),
+    "torch.distributed": ("apb/comm.py", "apb/stores.py", "apb/worker.py"),
     "transformers": ("apb/hf/",),
     "tokenizers": ("apb/hf/",),
     "hydra": ("apb/config.py", "apb/run.py"),
@@ -47,7 +47,8 @@ HOMES = {
     "triton": ("kernels/",),
     "flash_attn": ("apb/attention/flash.py",),
     "flash_attn_interface": ("apb/attention/flash.py",),
-    "ray": ("apb/launchers/ray.py",),
+    "ray": ("apb/launchers/ray", "apb/batch/ray_rows.py"),
+    "pyarrow": ("apb/batch/",),
     "pypdf": ("apb/prompts/document.py",),
     "lm_eval": ("apb/evaluate/lm_eval.py",),
     "matplotlib": ("apb/plot.py",),

@@ -1,0 +1,1 @@
+"""Batch mode: many documents, one row of output each."""

@@ -1,0 +1,176 @@
+"""Answers on disk: one line of JSON each, synced one by one, so that what is finished stays so."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from apb.errors import InputError
+
+Answer = dict[str, Any]
+"""A row of output, with the fields of `TYPES`; an error and an answer exclude each other."""
+TYPES = {
+    "id": "string",
+    "question": "string",
+    "text": "string",
+    "finish_reason": "string",
+    "method": "string",
+    "context_tokens": "int64",
+    "generated_tokens": "int64",
+    "prefill_s": "float64",
+    "ttft_s": "float64",
+    "decode_s": "float64",
+    "notes": "string",
+    "error": "string",
+    "settings": "string",
+}
+_BEGIN = b'{"id": '
+
+
+class Journal:
+    """The output of a batch. Of several lines with one `id` the last counts.
+
+    Parquet cannot grow row by row: its lines are kept beside it until the batch is over.
+    """
+
+    def __init__(self, output: Path, settings: str) -> None:
+        """Open it, with what an earlier run has finished.
+
+        Args:
+            output: a `.jsonl` or `.parquet` file.
+            settings: of the answers to come, see `apb.batch.__main__.fingerprint`.
+
+        Raises:
+            InputError: it cannot be written, is no output of a batch or of another one's settings,
+                or is being written by someone else.
+        """
+        self._output = output
+        self._lines = output if output.suffix == ".jsonl" else Path(f"{output}.jsonl")
+        check_output(output)
+        self._file = self._open()
+        try:
+            self._answers = self._recover(settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def is_answered(self, row_id: str) -> bool:
+        """Whether that row has an answer; one that failed has not, and is tried again."""
+        return row_id in self._answers and self._answers[row_id]["error"] is None
+
+    def add(self, answer: Answer) -> None:
+        """Leaves the row on disk; fields that it has not got are null."""
+        answer = {name: answer.get(name) for name in TYPES}
+        self._file.write(_line(answer))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._answers[answer["id"]] = answer
+
+    def finish(self, order: Iterable[str]) -> None:
+        """Leaves one row per id, in the order given and then as they came; the batch is over."""
+        ids = dict.fromkeys([*(name for name in order if name in self._answers), *self._answers])
+        answers = [self._answers[row_id] for row_id in ids]
+        handle, temporary = tempfile.mkstemp(dir=self._output.parent, prefix=".apb-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                if self._lines == self._output:
+                    file.writelines(_line(answer) for answer in answers)
+                else:
+                    _write_parquet(file, answers)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(self._lines, temporary)
+            os.replace(temporary, self._output)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        if self._lines != self._output:
+            self._lines.unlink()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self) -> IO[bytes]:
+        try:
+            file = self._lines.open("ab+")
+        except OSError as error:
+            raise InputError(f"output={self._output} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise InputError(f"output={self._output} is being written by another batch") from None
+        return file
+
+    def _recover(self, settings: str) -> dict[str, Answer]:
+        self._file.seek(0)
+        data = self._file.read()
+        *lines, rest = data.split(b"\n")
+        answers = [self._parse(line, number) for number, line in enumerate(lines, 1)]
+        if not _BEGIN.startswith(rest[: len(_BEGIN)]):
+            self._parse(rest, len(lines) + 1)  # not what a crash leaves of a line
+        is_over = not answers and self._lines != self._output and self._output.exists()
+        if is_over:  # an earlier batch, whose lines have become this file
+            answers = _read_parquet(self._output)
+        if any(answer["settings"] != settings for answer in answers):
+            raise InputError(
+                f"output={self._output} holds answers given with another model or other settings: "
+                "choose another file or remove it"
+            )
+        self._file.truncate(len(data) - len(rest))
+        if is_over:
+            self._file.writelines(_line(answer) for answer in answers)
+        return {answer["id"]: answer for answer in answers}
+
+    def _parse(self, line: bytes, number: int) -> Answer:
+        try:
+            answer: Answer = json.loads(line)
+            if answer.keys() != TYPES.keys():
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise InputError(
+                f"output={self._lines} holds something else in line {number}: choose another file"
+            ) from None
+        return answer
+
+
+def _line(answer: Answer) -> bytes:
+    return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+
+
+def check_output(output: Path) -> None:
+    """Raises InputError unless a batch can write there."""
+    if output.suffix not in (".jsonl", ".parquet"):
+        raise InputError(f"output={output} must end in .jsonl or .parquet")
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"output={output} is no file in an existing folder")
+    if output.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise InputError("Parquet needs one more package: pip install 'apb[parquet]'")
+
+
+def _write_parquet(file: IO[bytes], answers: list[Answer]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(list(TYPES.items()))
+    pq.write_table(pa.Table.from_pylist(answers, schema), file)
+
+
+def _read_parquet(path: Path) -> list[Answer]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        answers: list[Answer] = pq.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise InputError(f"output={path} is no Parquet file: choose another one") from error
+    if any(answer.keys() != TYPES.keys() for answer in answers):
+        raise InputError(f"output={path} holds something else: choose another file")
+    return answers
