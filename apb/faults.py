@@ -54,14 +54,12 @@ class Fault:
     @classmethod
     def parse(cls, text: str) -> Fault:
         pairs = [setting.partition("=") for setting in text.split(",")]
-        given = {name.strip(): value.strip() for name, _, value in pairs}
+        given: dict[str, Any] = {name.strip(): value.strip() for name, _, value in pairs}
         try:
-            numbers: dict[str, Any] = {
-                name: float(given.pop(name)) if name == "seconds" else int(given.pop(name))
-                for name in ("rank", "layer", "request", "gang", "seconds")
-                if name in given
-            }
-            fault = cls(**numbers, **given)
+            for name in ("rank", "layer", "request", "gang", "seconds"):
+                if name in given:
+                    given[name] = (float if name == "seconds" else int)(given[name])
+            fault = cls(**given)
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"{VARIABLE} has {text!r}: write rank=N,stage=STAGE,kind=KIND and, where wanted, "
