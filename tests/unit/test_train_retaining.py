@@ -25,7 +25,7 @@ from apb.train import retaining_labels
 from apb.train.__main__ import main
 from apb.train.pairs import Reading
 from apb.train.reading_pass import ReadingPass
-from apb.train.recall import RecallMeter
+from apb.train.recall import Recall, RecallMeter
 from apb.train.retaining import HeadRecipe, HeadTrainer
 from apb.train.retaining_labels import SHARE, Objective, score_loss
 from models import apb_model, hf_model, random_ids
@@ -213,34 +213,33 @@ def test_the_state_of_other_settings_is_refused(tmp_path: Path, change: dict[str
         make_trainer(tmp_path, identity="other data")
 
 
-def held_out_recall(trainer: HeadTrainer) -> dict[str, float]:
+def held_out_recall(trainer: HeadTrainer) -> dict[str, Recall]:
     trained = RetainingHeadConfig(kernel=1).build(seed=0)
     trained.use(trainer.heads(torch.bfloat16), TARGET)
     meter = RecallMeter({"trained": trained, "random": RandomConfig().build(seed=0)})
-    for seed in range(100, 104):
-        reading_pass().run(make_reading(200, seed=seed), meter.observe)
-    return {name: recall.mean for name, recall in meter.recalls().items()}
+    for seed in range(100, 112):
+        reading_pass().run(make_reading(180 + seed, seed=seed), meter.observe)
+    return meter.recalls()
 
 
 @pytest.mark.parametrize("objective", Objective)
 def test_trained_heads_keep_more_than_chance(tmp_path: Path, objective: Objective) -> None:
+    """By four standard errors: answers of a random model are mostly a matter of positions, which
+    heads do not see.
+    """
     recipe = replace(RECIPE, steps=60, hidden=32, warm_up=6, loss=objective, learning_rate=1e-2)
     trainer = make_trainer(tmp_path, recipe)
-    before = held_out_recall(trainer)
-    assert before["random"] == pytest.approx(1 / SHARE, abs=0.05)
+    before = held_out_recall(trainer)["trained"]
     losses: list[float] = []
     save = trainer._save
-
-    def kept() -> None:
-        losses.append(trainer.last_loss)
-        save()
-
-    trainer._save = kept  # type: ignore[method-assign]
+    trainer._save = lambda: (losses.append(trainer.last_loss), save())[1]  # type: ignore[method-assign]
     trainer.train()
     after = held_out_recall(trainer)
+    trained, chance = after["trained"], after["random"]
     assert losses[-1] < losses[0]
-    assert after["trained"] > 2 * after["random"]
-    assert after["trained"] > before["trained"] + 0.1
+    assert chance.mean == pytest.approx(1 / SHARE, abs=0.03)
+    assert trained.mean > chance.mean + 4 * (trained.error + chance.error)
+    assert trained.mean > before.mean
 
 
 class _Known(Compressor):
