@@ -151,11 +151,23 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
 def _told_by_owner(engine: Engine) -> Iterator[Step]:
     told: dict[str, Any] = {}
     while "state" not in told:
-        told = engine.comm.all_gather_json(None, _FROM_OWNER)[OWNER]
-        yield from (Step(*step) for step in told["steps"])
-    engine.step, engine.next_position = told["state"]
+        told = _heard(engine)
+        try:
+            yield from (Step(*step) for step in told["steps"])
+        except GeneratorExit:  # this rank's caller gives up; what the owner says is still due
+            while "state" not in told:
+                told = _heard(engine)
+            raise
     if told["failure"] is not None:
         raise NotFiniteError(told["failure"])
+
+
+def _heard(engine: Engine) -> dict[str, Any]:
+    """An instalment of the owner's; the last one says where its engine stands."""
+    told: dict[str, Any] = engine.comm.all_gather_json(None, _FROM_OWNER)[OWNER]
+    if "state" in told:
+        engine.step, engine.next_position = told["state"]
+    return told
 
 
 def _steps(

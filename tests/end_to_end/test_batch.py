@@ -18,6 +18,7 @@ QUESTION = "Who kept bees?"
 SETTINGS = ["+model=tiny", "world_size=1", "decode.max_tokens=4", "decode.ignore_eos=true"]
 COMMAND = [sys.executable, "-m", "apb.batch", *SETTINGS, f"question={QUESTION}"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+pytestmark = pytest.mark.timeout(300)  # gangs start one after another
 
 
 @pytest.fixture

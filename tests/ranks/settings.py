@@ -156,7 +156,7 @@ def apb_by_score(compressor: CompressorConfig, policy: LayoutPolicy, form: Ancho
             policy,
             form,
             anchor_len=rng.randint(0, block_len),
-            passing_len=1.0 if block_len < 3 else some,
+            passing_len=0 if block_len < 3 else some,
         )
 
     name = f"apb_by_{plugin_name('method/compressor', compressor)}-{policy.name}-{form.name}"

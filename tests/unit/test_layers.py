@@ -204,11 +204,13 @@ def test_what_the_rules_allow_is_not_reported(tmp_path: Path) -> None:
         ),
         (
             {"apb/cache.py": "from torch import distributed\n"},
-            "apb/cache.py:1: torch.distributed belongs in apb/comm.py and apb/worker.py",
+            "apb/cache.py:1: torch.distributed belongs in "
+            "apb/comm.py and apb/stores.py and apb/worker.py",
         ),
         (
             {"apb/cache.py": "import torch\n\ntorch.distributed.barrier()\n"},
-            "apb/cache.py:3: torch.distributed belongs in apb/comm.py and apb/worker.py",
+            "apb/cache.py:3: torch.distributed belongs in "
+            "apb/comm.py and apb/stores.py and apb/worker.py",
         ),
         (
             {"apb/methods/apb.py": "from omegaconf import OmegaConf\n"},

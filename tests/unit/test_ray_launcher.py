@@ -139,6 +139,6 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.Monke
     def find_spec(name: str, *rest: Any) -> Any:
         return None if name == "ray" else real(name, *rest)
 
-    monkeypatch.setattr("apb.llm.find_spec", find_spec)
+    monkeypatch.setattr("apb.launchers.opening.find_spec", find_spec)
     with pytest.raises(InputError, match=r"pip install 'apb\[ray\]'"):
         LLM("tiny", launcher="ray")
