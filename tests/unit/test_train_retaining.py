@@ -232,7 +232,12 @@ def test_trained_heads_keep_more_than_chance(tmp_path: Path, objective: Objectiv
     before = held_out_recall(trainer)["trained"]
     losses: list[float] = []
     save = trainer._save
-    trainer._save = lambda: (losses.append(trainer.last_loss), save())[1]  # type: ignore[method-assign]
+
+    def kept() -> None:
+        losses.append(trainer.last_loss)
+        save()
+
+    trainer._save = kept  # type: ignore[method-assign]
     trainer.train()
     after = held_out_recall(trainer)
     trained, chance = after["trained"], after["random"]
