@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from apb.cost import CostModel, Workload
 from apb.errors import InputError
 from apb.methods.base import AttentionMethod
-from apb.methods.decode import OWNER
 from apb.methods.plan import PlanRequest, PrefillPlan
 
 
@@ -83,12 +82,11 @@ class Estimate:
 
     def rank0_step_s(self, costs: CostModel) -> float:
         """Of a token once rank 0 has all KV."""
-        return costs.step_s(sum(rank.cached for rank in self.ranks), world_size=1)
+        return costs.step_s(self.plan.layout.context_len, world_size=1)
 
     def rank0_bytes(self, costs: CostModel) -> int:
         """What rank 0 holds then."""
-        others = sum(rank.cached for rank in self.ranks[OWNER + 1 :])
-        return costs.weight_bytes + costs.kv_bytes(self.ranks[OWNER].cached + others)
+        return costs.weight_bytes + costs.kv_bytes(self.plan.layout.context_len)
 
 
 def _flops(costs: CostModel, work: Workload) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apb.cost import Rates
 
@@ -55,47 +55,32 @@ _NODE_LATENCY, _NET_LATENCY = 2e-5, 4e-5
 _MEASURED = "shares of it as APB's table 16 measured them (linear maps 0.79, attention 0.68)"
 _ASSUMED = "shares of it assumed (linear maps 0.7, attention 0.6)"
 
+_A800 = Hardware(
+    flops=312e12,
+    linear_share=0.79,
+    attention_share=0.68,
+    memory=80e9,
+    memory_bytes=2.04e12,
+    node_link=95e9,
+    net_link=25e9,
+    source=_MEASURED,
+)
+_H100 = Hardware(
+    flops=989e12,
+    linear_share=0.7,
+    attention_share=0.6,
+    memory=80e9,
+    memory_bytes=3.35e12,
+    node_link=210e9,
+    net_link=50e9,
+    source=_ASSUMED,
+)
+
 HARDWARE: Mapping[str, Hardware] = {
-    "a800": Hardware(
-        flops=312e12,
-        linear_share=0.79,
-        attention_share=0.68,
-        memory=80e9,
-        memory_bytes=2.04e12,
-        node_link=95e9,
-        net_link=25e9,
-        source=_MEASURED,
-    ),
-    "a100": Hardware(
-        flops=312e12,
-        linear_share=0.79,
-        attention_share=0.68,
-        memory=80e9,
-        memory_bytes=2.04e12,
-        node_link=140e9,
-        net_link=25e9,
-        source=f"{_MEASURED} on A800s",
-    ),
-    "h100": Hardware(
-        flops=989e12,
-        linear_share=0.7,
-        attention_share=0.6,
-        memory=80e9,
-        memory_bytes=3.35e12,
-        node_link=210e9,
-        net_link=50e9,
-        source=_ASSUMED,
-    ),
-    "h200": Hardware(
-        flops=989e12,
-        linear_share=0.7,
-        attention_share=0.6,
-        memory=141e9,
-        memory_bytes=4.8e12,
-        node_link=210e9,
-        net_link=50e9,
-        source=_ASSUMED,
-    ),
+    "a800": _A800,
+    "a100": replace(_A800, node_link=140e9, source=f"{_MEASURED} on A800s"),
+    "h100": _H100,
+    "h200": replace(_H100, memory=141e9, memory_bytes=4.8e12),
     "b200": Hardware(
         flops=2250e12,
         linear_share=0.7,
