@@ -21,6 +21,8 @@ class RankFailure(NamedTuple):
     """Of the process if it had ended by itself; negative for the signal that killed it."""
     stack: str = ""
     """Of the main thread, where it could still be asked, or the traceback of what it raised."""
+    had_request: bool = True
+    """False where the rank had not taken the request that was lost with it: it did no harm."""
 
     @property
     def sentence(self) -> str:

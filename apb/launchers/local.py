@@ -15,6 +15,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NoReturn
 
 from apb.errors import EngineDeadError, InputError, RankFailure, RequestError
+from apb.heartbeat import Stage
 from apb.launchers.base import Session
 from apb.launchers.processes import RankProcesses
 from apb.methods.decode import OWNER
@@ -182,8 +183,11 @@ class LocalSession(Session):
             reason = f"was killed by {signal.Signals(-code).name}"
             if code == -signal.SIGKILL:
                 reason += ", as the system does when memory runs out"
-        place = self._processes.board.read()[rank].place
-        failure = RankFailure(rank, socket.gethostname(), place, reason, code)
+        beat = self._processes.board.read()[rank]
+        had_request = beat.stage is not Stage.IDLE or beat.request == self._requests
+        failure = RankFailure(
+            rank, socket.gethostname(), beat.place, reason, code, had_request=had_request
+        )
         return Report(Blame.MURDERED, at_s, failure)
 
     def _die(self, error: EngineDeadError) -> NoReturn:

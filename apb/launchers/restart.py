@@ -34,14 +34,18 @@ class RestartingSession(Session):
         lost = self._gang.failure()
         if lost is not None and not self._restart():
             raise self._explained(lost)
-        try:
-            yield from self._gang.call(op, **arguments)
-        except EngineDeadError:
-            self._restart()
-            raise
-        except Exception:
-            self._has_worked = True  # it has refused or failed this request alone
-            raise
+        while True:
+            try:
+                yield from self._gang.call(op, **arguments)
+                break
+            except EngineDeadError as error:
+                # A rank that died just before cannot have died of this request.
+                untaken = error.failure is not None and not error.failure.had_request
+                if not self._restart() or not untaken:
+                    raise
+            except Exception:
+                self._has_worked = True  # it has refused or failed this request alone
+                raise
         self._has_worked = True
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from apb.errors import EngineDeadError, RequestError
+from apb.errors import EngineDeadError, RankFailure, RequestError
 from apb.launchers.base import Session
 from apb.launchers.restart import RestartingSession
 from apb.supervision import SupervisionConfig
@@ -21,6 +21,9 @@ class FakeGang(Session):
         self.lost: EngineDeadError | None = None
 
     def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
+        if op == "find the first dead" and self.number == 0:
+            failure = RankFailure(1, "here", "idle", "was killed", had_request=False)
+            self.lost = EngineDeadError.of(failure)
         if op == "die":
             self.lost = EngineDeadError(f"gang {self.number} was killed")
         if self.lost is not None:
@@ -76,6 +79,13 @@ def test_a_gang_that_was_lost_while_idle_costs_no_request() -> None:
     assert ask(session) == 0
     gangs[0].lost = EngineDeadError("gang 0 was killed")
     assert ask(session) == 1
+
+
+def test_a_request_that_finds_a_rank_dead_goes_to_the_next_gang() -> None:
+    session, gangs = started(Clock())
+    assert ask(session) == 0
+    assert ask(session, "find the first dead") == 1
+    assert [gang.is_closed for gang in gangs] == [True, False]
 
 
 def test_a_refused_request_keeps_the_gang() -> None:
