@@ -15,7 +15,6 @@ from collections.abc import Generator, Sequence
 from typing import Any, NoReturn
 
 from apb.errors import EngineDeadError, InputError, RankFailure, RequestError
-from apb.heartbeat import Stage
 from apb.launchers.base import Session
 from apb.launchers.processes import RankProcesses
 from apb.methods.decode import OWNER
@@ -184,9 +183,13 @@ class LocalSession(Session):
             if code == -signal.SIGKILL:
                 reason += ", as the system does when memory runs out"
         beat = self._processes.board.read()[rank]
-        had_request = beat.stage is not Stage.IDLE or beat.request == self._requests
         failure = RankFailure(
-            rank, socket.gethostname(), beat.place, reason, code, had_request=had_request
+            rank,
+            socket.gethostname(),
+            beat.place,
+            reason,
+            code,
+            had_request=beat.request == self._requests,
         )
         return Report(Blame.MURDERED, at_s, failure)
 
