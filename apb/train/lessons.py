@@ -41,7 +41,7 @@ def answered_lessons(
     """
     for where, record in chain.from_iterable(file.records() for file in files):
         fields = record if isinstance(record, dict) else {}
-        parts = [fields.get(name) for name in ("prompt_ids", "token_ids")]
+        parts: list[Any] = [fields.get(name) for name in ("prompt_ids", "token_ids")]
         if not all(isinstance(part, list) for part in parts):
             raise InputError(
                 f"{where} has no prompt_ids and token_ids: generations= are records of "
