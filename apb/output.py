@@ -162,9 +162,9 @@ def trace_paths(path: Path) -> tuple[Path, Path]:
         InputError: the result itself is there.
     """
     events, page = path.with_suffix(".trace.json"), path.with_suffix(".html")
-    if path in (events, page):
+    if path == page:
         raise InputError(
-            f"output={path} is where trace=true writes its report: call the result NAME.json"
+            f"output={path} is where trace=true puts its report: call the result NAME.json"
         )
     return events, page
 

@@ -15,7 +15,7 @@ from apb.trace.records import SINK_TOKENS, AttendedLayer
 
 MAX_TOKENS = 512
 """Rows that are looked at; one belongs to each token of the answer."""
-_LAYERS = 4
+_LAYERS = 8
 _CHUNK = 8192
 """Keys that are scored at once, which bounds the scores in memory."""
 
@@ -51,18 +51,19 @@ class BlockObserver:
         """Look at one layer; `lse_TH` covers all keys that the rows see, on all ranks."""
         if layer.layer_idx not in self._layers or self._num_kept >= MAX_TOKENS:
             return
-        q_HTD, lse_HT = layer.q_HTD[:, self._rows].float(), lse_TH[self._rows].mT.float()
-        shares_TC = lse_HT.new_zeros((lse_HT.shape[1], len(self._columns)))
-        for share_T, (_, keys) in zip(shares_TC.unbind(dim=1), self._columns, strict=True):
+        q_HTD, lse_HT = layer.q_HTD[:, self._rows].float(), lse_TH[self._rows].float().mT
+        shares_THC = lse_HT.new_zeros((*lse_HT.mT.shape, len(self._columns)))
+        for share_TH, (_, keys) in zip(shares_THC.unbind(dim=-1), self._columns, strict=True):
             for start in range(keys.start, keys.stop, _CHUNK):
                 k_KCD = k_KSD[:, start : min(start + _CHUNK, keys.stop)]
-                share_T += _mass(q_HTD, k_KCD, lse_HT, layer.scale)
-        self._seen[layer.layer_idx] = shares_TC
+                share_TH += _shares(q_HTD, k_KCD, lse_HT, layer.scale)
+        self._seen[layer.layer_idx] = shares_THC
 
     def keep(self, rows: Sequence[int]) -> None:
         """Of the rows just looked at, those that predicted a token of the answer each."""
-        for layer_idx, shares_TC in self._seen.items():
-            self._kept[layer_idx].append(shares_TC[list(rows)])
+        for layer_idx, shares_THC in self._seen.items():
+            kept_THC = shares_THC[list(rows)]
+            self._kept[layer_idx].append(torch.stack([kept_THC.mean(dim=1), kept_THC.amax(dim=1)]))
         if self._seen:
             self._num_kept += len(rows)
         self._seen = {}
@@ -70,19 +71,17 @@ class BlockObserver:
     def findings(self) -> list[AttendedLayer]:
         blocks = [block for block, _ in self._columns]
         return [
-            AttendedLayer(layer_idx, blocks, torch.cat(kept).tolist())
+            AttendedLayer(layer_idx, blocks, *torch.cat(kept, dim=1).tolist())
             for layer_idx, kept in sorted(self._kept.items())
             if kept
         ]
 
 
-def _mass(q_HTD: Tensor, k_KSD: Tensor, lse_HT: Tensor, scale: float) -> Tensor:
-    """Attention probability ``[T]`` on the keys, a mean over heads."""
-    kv_heads, _, head_dim = k_KSD.shape
-    q_KGD = q_HTD.reshape(kv_heads, -1, head_dim)
-    scores_KGS = (q_KGD @ k_KSD.float().mT).mul_(scale)
-    lse_HT = scores_KGS.logsumexp(dim=-1).view_as(lse_HT) - lse_HT
-    return lse_HT.exp().mean(dim=0)
+def _shares(q_HTD: Tensor, k_KCD: Tensor, lse_HT: Tensor, scale: float) -> Tensor:
+    """Attention probability ``[T, H]`` on the keys."""
+    kv_heads, _, head_dim = k_KCD.shape
+    scores_KGC = (q_HTD.reshape(kv_heads, -1, head_dim) @ k_KCD.float().mT).mul_(scale)
+    return (scores_KGC.logsumexp(dim=-1).view_as(lse_HT) - lse_HT).exp().mT
 
 
 def _columns(blocks: Sequence[Block]) -> Iterator[_Columns]:

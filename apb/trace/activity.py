@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from apb.trace.records import AttendedLayer, Phase, RankTrace, RunTrace, Span
+from apb.trace.records import Phase, RankTrace, Span
 
 
 class Activity(StrEnum):
@@ -20,7 +20,9 @@ class Activity(StrEnum):
     ATTENTION = "attention"
     MLP = "MLP"
     WAIT = "waiting"
+    READ = "reading the document"
     QUERY = "reading the question"
+    ANSWER = "answering"
     PASS = "verification pass"
     CHOOSE = "choosing"
     DRAFT = "drafting"
@@ -42,7 +44,7 @@ DECODE = (
     Activity.DRAFT,
     Activity.OTHER,
 )
-_OF_PHASE = {
+_FINE = {
     Phase.LOAD: Activity.LOAD,
     Phase.PLAN: Activity.PLAN,
     Phase.PREFILL: Activity.OTHER,
@@ -56,6 +58,12 @@ _OF_PHASE = {
     Phase.PASS: Activity.PASS,
     Phase.CHOOSE: Activity.CHOOSE,
     Phase.DRAFT: Activity.DRAFT,
+}
+_IN_PREFILL = (Activity.PROJECTIONS, Activity.COMPRESS, Activity.ATTENTION, Activity.MLP)
+_COARSE = {
+    **{phase: Activity.READ if fine in _IN_PREFILL else fine for phase, fine in _FINE.items()},
+    Phase.PREFILL: Activity.READ,
+    **dict.fromkeys((Phase.STEP, Phase.PASS, Phase.CHOOSE, Phase.DRAFT), Activity.ANSWER),
 }
 
 
@@ -77,10 +85,14 @@ class Slice(NamedTuple):
         return (self.end_ns - self.begin_ns) / 1e9
 
 
-def slices_of(part: RankTrace) -> list[Slice]:
-    """A rank's phases and waits without overlap, in order: an inner one hides the outer one."""
+def slices_of(part: RankTrace, *, coarse: bool = False) -> list[Slice]:
+    """A rank's phases and waits without overlap, in order: an inner one hides the outer one.
+
+    `coarse` tells only what a request consists of.
+    """
+    kinds = _COARSE if coarse else _FINE
     spans = [
-        Slice(span.begin_ns, span.end_ns, _OF_PHASE[span.phase], span.layer) for span in part.spans
+        Slice(span.begin_ns, span.end_ns, kinds[span.phase], span.layer) for span in part.spans
     ]
     waits = [
         Slice(message.waited_from_ns, message.waited_to_ns, Activity.WAIT, message.layer)
@@ -155,45 +167,3 @@ def decoding_steps(part: RankTrace, slices: Sequence[Slice]) -> list[Step]:
 
 def _of(part: RankTrace, phase: Phase) -> list[Span]:
     return [span for span in part.spans if span.phase is phase]
-
-
-class Attended(NamedTuple):
-    """Shares of the answer's attention; the columns are blocks, -1 for the document's beginning."""
-
-    blocks: list[int]
-    by_token: list[dict[int, float]]
-    """Means over the layers looked at."""
-    by_layer: dict[int, dict[int, float]]
-    """Means over the tokens looked at."""
-
-
-def attended_blocks(trace: RunTrace) -> Attended | None:
-    """What all ranks have seen, put together; None where none has."""
-    layers: dict[int, list[AttendedLayer]] = defaultdict(list)
-    for part in trace.ranks:
-        for found in part.attended:
-            layers[found.layer].append(found)
-    if not layers:
-        return None
-    rows = min(len(found.shares) for ranks in layers.values() for found in ranks)
-    shares = {
-        layer: [
-            {
-                block: share
-                for found in ranks
-                for block, share in zip(found.blocks, found.shares[row], strict=True)
-            }
-            for row in range(rows)
-        ]
-        for layer, ranks in sorted(layers.items())
-    }
-    blocks = sorted(
-        {block for ranks in layers.values() for found in ranks for block in found.blocks}
-    )
-    by_token = [_mean([tokens[row] for tokens in shares.values()], blocks) for row in range(rows)]
-    by_layer = {layer: _mean(tokens, blocks) for layer, tokens in shares.items()}
-    return Attended(blocks, by_token, by_layer)
-
-
-def _mean(shares: Sequence[dict[int, float]], blocks: Sequence[int]) -> dict[int, float]:
-    return {block: sum(row[block] for row in shares) / len(shares) for block in blocks}

@@ -42,7 +42,7 @@ def decoding(steps: Sequence[Step], *, label: str) -> str:
     """Above, what each step's time went to; below, tokens read and tokens emitted."""
     groups = _grouped(steps)
     height, under, gap = 130, 70, 26
-    width = (svg.WIDTH - _LEFT - 12) / len(groups)
+    width = min(40.0, (svg.WIDTH - _LEFT - 12) / len(groups))
     longest = max(sum(group.seconds.values()) for group in groups) or 1.0
     most = max(group.nodes for group in groups)
     base, floor = _TOP + height, _TOP + height + gap + under

@@ -8,16 +8,14 @@ from statistics import fmean
 from typing import NamedTuple
 
 from apb.trace import svg
-from apb.trace.activity import Attended
+from apb.trace.attention import Attended
 from apb.trace.timeline import shown_ranks
 
 _LEFT, _TOP = 128, 18
 _MAX_COLUMNS = 96
 _NAMED_COLUMNS = 44
 """Up to so many tokens have room for their text."""
-_MEAN_WIDTH, _LAYERS_WIDTH, _SPACE = 110, 120, 22
-_START, _SELF = "first tokens", "question, answer"
-"""Rows whose shares are no finding: they do not set the scale of the colours."""
+_MEAN_WIDTH, _LAYERS_WIDTH, _SPACE = 110, 176, 22
 
 
 class _Grid(NamedTuple):
@@ -64,19 +62,18 @@ class _Grid(NamedTuple):
 
 
 def attended(found: Attended, tokens: Sequence[str], *, label: str) -> str:
-    """Rows are blocks; columns are tokens of the answer, their mean, and the layers looked at."""
-    names = [f"block {block}" if block >= 0 else _START for block in found.blocks] + [_SELF]
-    by_token = [_with_rest(shares) for shares in found.by_token[: len(tokens)]]
-    by_layer = [_with_rest(shares) for shares in found.by_layer.values()]
-    inside = [row for row, name in enumerate(names) if name not in (_START, _SELF)]
-    high = max((column[row] for column in by_token for row in inside), default=0.0)
+    """Rows are blocks; columns are tokens of the answer and layers, and a bar has the mean."""
+    first = sum(block < 0 for block in found.blocks)
+    names = [f"block {block}" for block in found.blocks[first:]]
+    by_token = [row[first:] for row in found.peaks[: len(tokens)]]
+    by_layer = [row[first:] for row in found.layer_peaks]
     height = max(5.0, min(24.0, 440 / len(names)))
     bottom = _TOP + len(names) * height
-    room = svg.WIDTH - _LEFT - _MEAN_WIDTH - _LAYERS_WIDTH - 2 * _SPACE
     starts = range(0, len(by_token), -(-len(by_token) // _MAX_COLUMNS))
-    columns = [_mean(by_token[start : start + starts.step]) for start in starts]
+    columns = [_each(max, by_token[start : start + starts.step]) for start in starts]
     texts = ["".join(tokens[start : start + starts.step]) for start in starts]
-    grid = _Grid(_LEFT, min(28.0, room / len(columns)), height, high)
+    room = svg.WIDTH - _LEFT - _MEAN_WIDTH - _LAYERS_WIDTH - 2 * _SPACE
+    grid = _Grid(_LEFT, min(28.0, room / len(columns)), height, high=1.0)
     parts = grid.row_names(names)
     parts += grid.cells(
         columns,
@@ -91,37 +88,35 @@ def attended(found: Attended, tokens: Sequence[str], *, label: str) -> str:
             for index, words in enumerate(texts)
         ]
     x = _LEFT + len(columns) * grid.width + _SPACE
-    parts += _mean_bars(names, _mean(by_token), x=x, height=height)
-    x += _MEAN_WIDTH + _SPACE
     layers = grid._replace(x=x, width=_LAYERS_WIDTH / len(by_layer))
-    indices = list(found.by_layer)
     parts += layers.cells(
         by_layer,
-        lambda column, row: f"layer {indices[column]}, {names[row]}: {by_layer[column][row]:.1%}",
+        lambda column, row: (
+            f"layer {found.layers[column]}, {names[row]}: {by_layer[column][row]:.1%}"
+        ),
     )
     parts += [
         svg.text(x + (place + 0.5) * layers.width, bottom + 13, f"{layer}", "tick", anchor="middle")
-        for place, layer in enumerate(indices)
+        for place, layer in enumerate(found.layers)
     ]
     parts.append(svg.text(_LEFT, _TOP - 6, "by token of the answer", "tick"))
     parts.append(svg.text(x, _TOP - 6, "by layer", "tick"))
+    means = _each(fmean, found.means[: len(tokens)])[first:]
+    parts += _mean_bars(names, means, x=x + _LAYERS_WIDTH + _SPACE, height=height)
     return svg.chart(bottom + (76 if len(columns) <= _NAMED_COLUMNS else 20), parts, label=label)
 
 
-def _with_rest(shares: dict[int, float]) -> list[float]:
-    """With what went to the question and the answer, which no rank has counted."""
-    return [*shares.values(), max(0.0, 1.0 - sum(shares.values()))]
-
-
-def _mean(columns: Sequence[Sequence[float]]) -> list[float]:
-    return [fmean(row) for row in zip(*columns, strict=True)]
+def _each(
+    summary: Callable[[Sequence[float]], float], rows: Sequence[Sequence[float]]
+) -> list[float]:
+    return [summary(column) for column in zip(*rows, strict=True)]
 
 
 def _mean_bars(
     names: Sequence[str], means: Sequence[float], *, x: float, height: float
 ) -> list[str]:
     parts = [svg.text(x, _TOP - 6, "mean", "tick")]
-    scale = (_MEAN_WIDTH - 40) / max(means)
+    scale = (_MEAN_WIDTH - 44) / max(means)
     for row, (name, mean) in enumerate(zip(names, means, strict=True)):
         y, hint = _TOP + row * height, f"{name}: {mean:.1%} of the answer's attention"
         parts.append(svg.rect(x, y, max(0.5, scale * mean), max(0.5, height - 1), "heat", hint))

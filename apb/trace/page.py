@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from apb.trace import bars, heat, timeline
@@ -14,12 +15,12 @@ from apb.trace.activity import (
     PREFILL,
     Activity,
     Slice,
-    attended_blocks,
     decoding_steps,
     seconds_by_activity,
     slices_of,
     window,
 )
+from apb.trace.attention import attended_blocks
 from apb.trace.records import SINK_TOKENS, Phase, RankTrace, RunTrace
 from apb.trace.svg import amount
 
@@ -31,7 +32,7 @@ def render_page(trace: RunTrace, result: dict[str, Any]) -> str:
     metrics = result["metrics"]
     slices = [slices_of(part) for part in trace.ranks]
     sections = [
-        _request(trace, slices),
+        _request([slices_of(part, coarse=True) for part in trace.ranks]),
         _prefill(trace, slices),
         _decode(trace, slices, metrics),
         _attention(trace, result),
@@ -94,14 +95,13 @@ def _legend(activities: Iterable[Activity]) -> str:
     return f'<div class="legend">{"".join(entries)}</div>'
 
 
-def _request(trace: RunTrace, slices: Sequence[Sequence[Slice]]) -> str:
+def _request(slices: Sequence[Sequence[Slice]]) -> str:
     begin_ns = min((part[0].begin_ns for part in slices if part), default=0)
     end_ns = max((part[-1].end_ns for part in slices if part), default=0)
     present = {each.activity for part in slices for each in part}
     return _section(
         "The request",
-        "What each rank did, from taking the request to its last token. A column has the colour of "
-        "what most of its time went to.",
+        "What each rank did, from taking the request to its last token.",
         _legend(activity for activity in Activity if activity in present),
         timeline.lanes(slices, begin_ns, end_ns, label="What each rank did during the request"),
     )
@@ -128,8 +128,9 @@ def _prefill(trace: RunTrace, slices: Sequence[Sequence[Slice]]) -> str:
         parts.append(heat.waits(rows, label="Seconds of waiting by rank and layer"))
     return _section(
         "Reading the document",
-        "Prefill, layer by layer. Projections are those of queries, keys, values and outputs; "
-        "waiting is for messages of other ranks, where computing had nothing left to do.",
+        "Prefill, layer by layer; a pixel has the colour of what most of its time went to. "
+        "Projections are those of queries, keys, values and outputs. Waiting is for messages of "
+        "other ranks, with nothing left to compute meanwhile.",
         *parts,
     )
 
@@ -163,18 +164,24 @@ def _decode(trace: RunTrace, slices: Sequence[Sequence[Slice]], metrics: dict[st
 
 def _attention(trace: RunTrace, result: dict[str, Any]) -> str:
     found = attended_blocks(trace)
-    if found is None or not found.by_token:
+    if found is None or not found.peaks:
         return ""
-    count = min(len(found.by_token), len(result["token_ids"]))
-    texts = [*trace.tokens, "end"][:count]
-    layers = ", ".join(map(str, found.by_layer))
+    count = min(len(found.peaks), len(result["token_ids"]))
+    means = [fmean(column) for column in zip(*found.means[:count], strict=True)]
+    start = means[0] if found.blocks[0] < 0 else 0.0
     return _section(
         "What the answer attended to",
-        f"Attention probability of the rows that predicted the first {_count(count, 'token')} of "
-        f"the answer, means over all heads of layers {layers}, by block of the document. The "
-        f"document's first {SINK_TOKENS} tokens, which draw attention whatever they say, and the "
-        "question with the answer so far are apart; the blocks alone set the scale of the colours.",
-        heat.attended(found, texts, label="Attention of the answer by block and token"),
+        f"Attention probability on each block, of the rows that predicted the first "
+        f"{_count(count, 'token')} of the answer, in layers {', '.join(map(str, found.layers))}. "
+        "A cell tells what the head gave the block that gave it most: heads that look things up "
+        "put nearly all they have on the place that says it. The bars are means over all heads; "
+        f"on average {start:.0%} went to the document's first {SINK_TOKENS} tokens, which are in "
+        f"no block here, and {max(0.0, 1 - sum(means)):.0%} to question and answer.",
+        heat.attended(
+            found,
+            [*trace.tokens, "end"][:count],
+            label="Attention of the answer by block, token and layer",
+        ),
     )
 
 

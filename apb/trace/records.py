@@ -86,15 +86,19 @@ class Sample(NamedTuple):
 class AttendedLayer(NamedTuple):
     """How much of their attention the answer's rows gave to a rank's blocks in one layer.
 
-    A row is a token as it was read; it predicts the next one. Shares are probabilities, means over
-    heads. What is missing to 1 over all ranks went to the question and to the answer itself.
+    A row is a token as it was read; it predicts the next one. There is one per token of the answer,
+    from its first on, and each has a probability per block. What means leave to 1 over all ranks
+    went to the question and to the answer itself.
     """
 
     layer: int
     blocks: list[int]
     """Their indices in the document; -1 stands for its first `SINK_TOKENS` tokens."""
-    shares: list[list[float]]
-    """One row per token of the answer, from its first on, with one share per block."""
+    means: list[list[float]]
+    """Over heads."""
+    peaks: list[list[float]]
+    """Of the head that gave the block most: those that look things up put nearly all they have on
+    the place that says it (Wu et al., ICLR 2025), which a mean over heads does not show."""
 
 
 class RankTrace(NamedTuple):

@@ -69,7 +69,7 @@ def _lane(slices: Sequence[Slice], axis: _Axis, y: float) -> list[str]:
             continue
         x, width = _LEFT + places[0] * _BIN, len(places) * _BIN
         seconds = width / axis.width * (axis.end_ns - axis.begin_ns) / 1e9
-        where = f", layer {layer}" if layer >= 0 else ""
+        where = f", layer {layer}" if layer >= 0 and activity is not Activity.READ else ""
         hint = f"{activity}{where}: about {svg.amount(seconds, 's')}"
         parts.append(svg.rect(x, y, width, _LANE, colour(activity), hint))
     return parts
