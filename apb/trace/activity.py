@@ -92,7 +92,8 @@ def slices_of(part: RankTrace, *, coarse: bool = False) -> list[Slice]:
     """
     kinds = _COARSE if coarse else _FINE
     spans = [
-        Slice(span.begin_ns, span.end_ns, kinds[span.phase], span.layer) for span in part.spans
+        Slice(span.begin_ns, span.end_ns, kinds[span.phase], -1 if coarse else span.layer)
+        for span in part.spans
     ]
     waits = [
         Slice(message.waited_from_ns, message.waited_to_ns, Activity.WAIT, message.layer)

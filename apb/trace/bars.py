@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from apb.trace import svg
 from apb.trace.activity import DECODE, Activity, Step
-from apb.trace.timeline import colour, shown_ranks
+from apb.trace.timeline import LEFT, colour, shown_ranks
 
-_LEFT, _RIGHT, _TOP = 64, 64, 6
+_RIGHT, _TOP = 64, 6
 _BAR, _GAP = 20, 6
 _MAX_STEPS = 120
 
@@ -22,11 +22,11 @@ def stacked(
     shown = shown_ranks(len(seconds))
     totals = [sum(seconds[rank].get(activity, 0.0) for activity in activities) for rank in shown]
     longest = max(totals) or 1.0
-    scale = (svg.WIDTH - _LEFT - _RIGHT) / longest
+    scale = (svg.WIDTH - LEFT - _RIGHT) / longest
     parts = []
     for place, (rank, total) in enumerate(zip(shown, totals, strict=True)):
-        y, x = _TOP + place * (_BAR + _GAP), float(_LEFT)
-        parts.append(svg.text(_LEFT - 8, y + _BAR * 0.7, f"rank {rank}", "label", anchor="end"))
+        y, x = _TOP + place * (_BAR + _GAP), float(LEFT)
+        parts.append(svg.text(LEFT - 8, y + _BAR * 0.7, f"rank {rank}", "label", anchor="end"))
         for activity in activities:
             value = seconds[rank].get(activity, 0.0)
             hint = f"rank {rank}, {activity}: {svg.amount(value, 's')} ({value / longest:.0%})"
@@ -42,21 +42,21 @@ def decoding(steps: Sequence[Step], *, label: str) -> str:
     """Above, what each step's time went to; below, tokens read and tokens emitted."""
     groups = _grouped(steps)
     height, under, gap = 130, 70, 26
-    width = min(40.0, (svg.WIDTH - _LEFT - 12) / len(groups))
+    width = min(40.0, (svg.WIDTH - LEFT - 12) / len(groups))
     longest = max(sum(group.seconds.values()) for group in groups) or 1.0
     most = max(group.nodes for group in groups)
     base, floor = _TOP + height, _TOP + height + gap + under
-    parts = [svg.line(_LEFT, base, svg.WIDTH - 12, base, "axis")]
+    parts = [svg.line(LEFT, base, svg.WIDTH - 12, base, "axis")]
     for tick in svg.ticks(0, longest, 4):
         y = base - height * tick / longest
-        parts.append(svg.line(_LEFT, y, svg.WIDTH - 12, y, "grid"))
-        parts.append(svg.text(_LEFT - 8, y + 4, svg.amount(tick, "s"), "tick", anchor="end"))
+        parts.append(svg.line(LEFT, y, svg.WIDTH - 12, y, "grid"))
+        parts.append(svg.text(LEFT - 8, y + 4, svg.amount(tick, "s"), "tick", anchor="end"))
     for tick in svg.ticks(0, most, 2):
         y = floor - under * tick / most
-        parts.append(svg.line(_LEFT, y, svg.WIDTH - 12, y, "grid"))
-        parts.append(svg.text(_LEFT - 8, y + 4, f"{tick:g}", "tick", anchor="end"))
+        parts.append(svg.line(LEFT, y, svg.WIDTH - 12, y, "grid"))
+        parts.append(svg.text(LEFT - 8, y + 4, f"{tick:g}", "tick", anchor="end"))
     for place, group in enumerate(groups):
-        x, y = _LEFT + place * width, float(base)
+        x, y = LEFT + place * width, float(base)
         for activity in DECODE:
             value = group.seconds.get(activity, 0.0)
             tall = height * value / longest
@@ -67,9 +67,9 @@ def decoding(steps: Sequence[Step], *, label: str) -> str:
         for value, class_ in ((group.nodes, "read"), (group.tokens, "emitted")):
             tall = under * value / most
             parts.append(svg.rect(x + 0.5, floor - tall, max(0.5, width - 1), tall, class_, hint))
-    parts.append(svg.text(_LEFT, base + 16, "time of each step", "tick"))
-    parts.append(svg.line(_LEFT, floor, svg.WIDTH - 12, floor, "axis"))
-    parts.append(svg.text(_LEFT, floor + 16, "tokens read in each step, and emitted", "tick"))
+    parts.append(svg.text(LEFT, base + 16, "time of each step", "tick"))
+    parts.append(svg.line(LEFT, floor, svg.WIDTH - 12, floor, "axis"))
+    parts.append(svg.text(LEFT, floor + 16, "tokens read in each step, and emitted", "tick"))
     return svg.chart(floor + 22, parts, label=label)
 
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from apb.trace import svg
 from apb.trace.attention import Attended
-from apb.trace.timeline import shown_ranks
+from apb.trace.timeline import LEFT, shown_ranks
 
-_LEFT, _TOP = 128, 18
+_TOP = 18
 _MAX_COLUMNS = 96
 _NAMED_COLUMNS = 44
 """Up to so many tokens have room for their text."""
@@ -50,7 +50,7 @@ class _Grid(NamedTuple):
         every = 1 if self.height >= 10 else -(-10 // int(self.height))
         return [
             svg.text(
-                _LEFT - 8,
+                self.x - 8,
                 _TOP + row * self.height + self.height / 2 + 4,
                 name,
                 "label",
@@ -72,8 +72,8 @@ def attended(found: Attended, tokens: Sequence[str], *, label: str) -> str:
     starts = range(0, len(by_token), -(-len(by_token) // _MAX_COLUMNS))
     columns = [_each(max, by_token[start : start + starts.step]) for start in starts]
     texts = ["".join(tokens[start : start + starts.step]) for start in starts]
-    room = svg.WIDTH - _LEFT - _MEAN_WIDTH - _LAYERS_WIDTH - 2 * _SPACE
-    grid = _Grid(_LEFT, min(28.0, room / len(columns)), height, high=1.0)
+    room = svg.WIDTH - LEFT - _MEAN_WIDTH - _LAYERS_WIDTH - 2 * _SPACE
+    grid = _Grid(LEFT, min(28.0, room / len(columns)), height, high=1.0)
     parts = grid.row_names(names)
     parts += grid.cells(
         columns,
@@ -87,7 +87,7 @@ def attended(found: Attended, tokens: Sequence[str], *, label: str) -> str:
             _slanted(grid.x + (index + 0.5) * grid.width, bottom, words)
             for index, words in enumerate(texts)
         ]
-    x = _LEFT + len(columns) * grid.width + _SPACE
+    x = LEFT + len(columns) * grid.width + _SPACE
     layers = grid._replace(x=x, width=_LAYERS_WIDTH / len(by_layer))
     parts += layers.cells(
         by_layer,
@@ -99,7 +99,7 @@ def attended(found: Attended, tokens: Sequence[str], *, label: str) -> str:
         svg.text(x + (place + 0.5) * layers.width, bottom + 13, f"{layer}", "tick", anchor="middle")
         for place, layer in enumerate(found.layers)
     ]
-    parts.append(svg.text(_LEFT, _TOP - 6, "by token of the answer", "tick"))
+    parts.append(svg.text(LEFT, _TOP - 6, "by token of the answer", "tick"))
     parts.append(svg.text(x, _TOP - 6, "by layer", "tick"))
     means = _each(fmean, found.means[: len(tokens)])[first:]
     parts += _mean_bars(names, means, x=x + _LAYERS_WIDTH + _SPACE, height=height)
@@ -136,8 +136,8 @@ def waits(seconds: Sequence[Sequence[float]], *, label: str) -> str:
     shown = shown_ranks(len(seconds))
     rows = [seconds[rank] for rank in shown]
     high = max(max(row) for row in rows)
-    height, width = 14.0, (svg.WIDTH - _LEFT - 12) / len(rows[0])
-    grid = _Grid(_LEFT, width, height, high)
+    height, width = 16.0, (svg.WIDTH - LEFT - 12) / len(rows[0])
+    grid = _Grid(LEFT, width, height, high)
     columns = list(zip(*rows, strict=True))
     parts = grid.row_names([f"rank {rank}" for rank in shown])
     parts += grid.cells(
@@ -149,9 +149,9 @@ def waits(seconds: Sequence[Sequence[float]], *, label: str) -> str:
     bottom = _TOP + len(shown) * height
     every = max(1, len(columns) // 16)
     parts += [
-        svg.text(_LEFT + (layer + 0.5) * width, bottom + 13, f"{layer}", "tick", anchor="middle")
+        svg.text(LEFT + (layer + 0.5) * width, bottom + 13, f"{layer}", "tick", anchor="middle")
         for layer in range(0, len(columns), every)
     ]
     words = f"waiting in each layer; the darkest is {svg.amount(high, 's')}"
-    parts.append(svg.text(_LEFT, _TOP - 6, words, "tick"))
+    parts.append(svg.text(LEFT, _TOP - 6, words, "tick"))
     return svg.chart(bottom + 20, parts, label=label)

@@ -9,7 +9,9 @@ from apb.trace import svg
 from apb.trace.activity import Activity, Slice
 from apb.trace.records import RankTrace, Sample
 
-_LEFT, _RIGHT, _TOP = 64, 12, 6
+LEFT = 64
+"""Where lanes and bars of ranks begin; their names are before it."""
+_RIGHT, _TOP = 12, 6
 _LANE, _GAP = 22, 6
 _BIN = 1.0
 """Pixels that are one colour at least: that of what most of their time went to."""
@@ -29,8 +31,8 @@ def lanes(ranks: Sequence[Sequence[Slice]], begin_ns: int, end_ns: int, *, label
     shown = shown_ranks(len(ranks))
     for place, rank in enumerate(shown):
         y = _TOP + place * (_LANE + _GAP)
-        parts.append(svg.text(_LEFT - 8, y + _LANE * 0.68, f"rank {rank}", "label", anchor="end"))
-        parts.append(svg.rect(_LEFT, y, axis.width, _LANE, "track"))
+        parts.append(svg.text(LEFT - 8, y + _LANE * 0.68, f"rank {rank}", "label", anchor="end"))
+        parts.append(svg.rect(LEFT, y, axis.width, _LANE, "track"))
         parts += _lane(ranks[rank], axis, y)
     bottom = _TOP + len(shown) * (_LANE + _GAP)
     return svg.chart(bottom + 22, [*axis.drawn(_TOP, bottom), *parts], label=label)
@@ -41,10 +43,10 @@ class _Axis:
 
     def __init__(self, begin_ns: int, end_ns: int) -> None:
         self.begin_ns, self.end_ns = begin_ns, max(end_ns, begin_ns + 1)
-        self.width = svg.WIDTH - _LEFT - _RIGHT
+        self.width = svg.WIDTH - LEFT - _RIGHT
 
     def x(self, time_ns: float) -> float:
-        return _LEFT + self.width * (time_ns - self.begin_ns) / (self.end_ns - self.begin_ns)
+        return LEFT + self.width * (time_ns - self.begin_ns) / (self.end_ns - self.begin_ns)
 
     def time_ns(self, pixel: float) -> float:
         return self.begin_ns + pixel / self.width * (self.end_ns - self.begin_ns)
@@ -67,9 +69,9 @@ def _lane(slices: Sequence[Slice], axis: _Axis, y: float) -> list[str]:
         places = [place for place, _ in bins]
         if activity is None:
             continue
-        x, width = _LEFT + places[0] * _BIN, len(places) * _BIN
+        x, width = LEFT + places[0] * _BIN, len(places) * _BIN
         seconds = width / axis.width * (axis.end_ns - axis.begin_ns) / 1e9
-        where = f", layer {layer}" if layer >= 0 and activity is not Activity.READ else ""
+        where = f", layer {layer}" if layer >= 0 else ""
         hint = f"{activity}{where}: about {svg.amount(seconds, 's')}"
         parts.append(svg.rect(x, y, width, _LANE, colour(activity), hint))
     return parts
@@ -125,8 +127,8 @@ def curves(
 
     drawn = axis.drawn(_TOP, bottom)
     for tick in _byte_ticks(top):
-        drawn.append(svg.line(_LEFT, y(tick), _LEFT + axis.width, y(tick), "grid"))
-        drawn.append(svg.text(_LEFT - 8, y(tick) + 4, svg.amount(tick, "B"), "tick", anchor="end"))
+        drawn.append(svg.line(LEFT, y(tick), LEFT + axis.width, y(tick), "grid"))
+        drawn.append(svg.text(LEFT - 8, y(tick) + 4, svg.amount(tick, "B"), "tick", anchor="end"))
     for rank, found in samples.items():
         points = [(axis.x(sample.at_ns), y(value(sample))) for sample in found]
         drawn.append(svg.path(points, "curve", f"rank {rank}"))
