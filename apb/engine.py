@@ -124,19 +124,19 @@ class Engine:
             cached = hand_off.positions() if self._gathered else rows.positions[rows.local]
             self._cache.commit(self._positions(cached))
             self._context_rows = len(self._cache)
-            self._observer = self._new_observer(plan)
+            self._observer = self._new_observer(plan, self._cache)
             self._decode = ShardedDecode(
                 self._cache, self.decode_comm, self._backend, self._observer
             )
         return rows
 
-    def _new_observer(self, plan: PrefillPlan) -> BlockObserver | None:
+    def _new_observer(self, plan: PrefillPlan, cache: KVCacheShard) -> BlockObserver | None:
         """Who looks at what the answer attends to, where a trace wants to know."""
         if not self._trace.is_on:
             return None
         ranks = range(self.comm.world_size) if self._gathered else (self.comm.rank,)
         blocks = [block for rank in ranks for block in plan.layout.owned_by(rank)]
-        return BlockObserver(blocks, num_layers=self.model.cache_shape.num_layers)
+        return BlockObserver(blocks, cache, num_layers=self.model.cache_shape.num_layers)
 
     def _new_cache(self, plan: PrefillPlan, room: int) -> KVCacheShard | None:
         """Room for what this rank will hold; None where that is nothing."""
@@ -164,12 +164,10 @@ class Engine:
         assert self._decode is not None
         positions_T = torch.arange(start, self.next_position, device=self.model.device)
         self._decode.begin(step)
-        if self._observer is not None:
-            self._observer.begin(slice(len(token_ids) - 1, None))
         hidden_TM = self.model.forward(token_ids, positions_T, self._decode.attend)
         self.decode_comm.verify()
         if self._observer is not None:
-            self._observer.keep([0])
+            self._observer.keep([len(token_ids) - 1])
         if self.is_owner:
             self._cache.commit(positions_T)
         return hidden_TM
@@ -185,8 +183,6 @@ class Engine:
         assert self._decode is not None, "read_tree before prefill"
         is_tree = self.is_owner and not tree.is_chain
         self._decode.begin(step, tree.visible().to(self.model.device) if is_tree else None)
-        if self._observer is not None:
-            self._observer.begin(slice(None))
         positions_N = self._positions([self.next_position + depth for depth in tree.depths])
         hidden_NM = self.model.forward(tree.tokens, positions_N, self._decode.attend)
         self.decode_comm.verify()

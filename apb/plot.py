@@ -117,7 +117,8 @@ def plot_bars(
                     label=name if name not in axes.get_legend_handles_labels()[1] else None,
                 )
                 tops[group] += y
-        names = [textwrap.fill(name, max(9, _LINE // len(groups))) for name in groups]
+        room = max(9, _LINE // len(groups))
+        names = [textwrap.fill(name, room, break_long_words=False) for name in groups]
         axes.set_xticks(range(len(groups)), names)
         axes.margins(y=0.12)
     return path

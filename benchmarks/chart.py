@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from apb.plot import Interval, plot_bars, plot_lines
-
-
-class Chart(Protocol):
-    """Something to draw."""
-
-    title: str
-
-    def draw(self, path: Path) -> Path:
-        """Write an SVG."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +36,6 @@ class Bars:
         return plot_bars(
             path, self.groups, title=self.title, y_label=self.y_label, stacked=self.stacked
         )
+
+
+Chart = Lines | Bars

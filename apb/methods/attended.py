@@ -9,67 +9,82 @@ import torch
 from torch import Tensor
 
 from apb.attention.base import LayerInputs
+from apb.cache import KVCacheShard
 from apb.layout import Block
 from apb.methods.audit import spread_indices
 from apb.trace.records import SINK_TOKENS, AttendedLayer
 
-MAX_TOKENS = 512
-"""Rows that are looked at; one belongs to each token of the answer."""
+MAX_TOKENS = 128
+"""Of an answer, its first ones: each costs a second look at the keys of some layers."""
 _LAYERS = 8
-_CHUNK = 8192
+_CHUNK = 65536
 """Keys that are scored at once, which bounds the scores in memory."""
 
 
-class _Columns(NamedTuple):
+class _Column(NamedTuple):
     """Keys of a shard that are counted together."""
 
     block: int
-    keys: slice
+    start: int
+    stop: int
+
+
+class _Pass(NamedTuple):
+    """One layer's queries, and the log-sum-exp of their scores with all keys of all ranks."""
+
+    q_HTD: Tensor
+    lse_TH: Tensor
+    scale: float
 
 
 class BlockObserver:
-    """Recomputes the scores of the answer's rows with one rank's document keys.
+    """Scores the answer's rows with one rank's document keys once more.
 
-    The log-sum-exp over all keys of all ranks, which the merge of partials yields anyway, makes
-    probabilities of them, so that no rank has to tell another one anything.
+    The merge of partials yields the log-sum-exp over all keys anyway; with it scores become
+    probabilities, and no rank has to tell another one anything.
     """
 
-    def __init__(self, blocks: Sequence[Block], *, num_layers: int) -> None:
+    def __init__(self, blocks: Sequence[Block], cache: KVCacheShard, *, num_layers: int) -> None:
         """`blocks` are those in this rank's cache, in its order."""
-        self._columns = list(_columns(blocks))
+        self._columns, self._cache = list(_columns(blocks)), cache
         self._layers = frozenset(spread_indices(num_layers, _LAYERS))
-        self._rows = slice(0, 0)
-        self._seen: dict[int, Tensor] = {}
+        self._seen: dict[int, _Pass] = {}
         self._kept: dict[int, list[Tensor]] = {layer_idx: [] for layer_idx in self._layers}
         self._num_kept = 0
 
-    def begin(self, rows: slice) -> None:
-        """A pass of which those rows may become part of the answer; `keep` says which have."""
-        self._rows, self._seen = rows, {}
-
-    def observe(self, layer: LayerInputs, k_KSD: Tensor, lse_TH: Tensor) -> None:
-        """Look at one layer; `lse_TH` covers all keys that the rows see, on all ranks."""
-        if layer.layer_idx not in self._layers or self._num_kept >= MAX_TOKENS:
-            return
-        q_HTD, lse_HT = layer.q_HTD[:, self._rows].float(), lse_TH[self._rows].float().mT
-        shares_THC = lse_HT.new_zeros((*lse_HT.mT.shape, len(self._columns)))
-        for share_TH, (_, keys) in zip(shares_THC.unbind(dim=-1), self._columns, strict=True):
-            for start in range(keys.start, keys.stop, _CHUNK):
-                k_KCD = k_KSD[:, start : min(start + _CHUNK, keys.stop)]
-                share_TH += _shares(q_HTD, k_KCD, lse_HT, layer.scale)
-        self._seen[layer.layer_idx] = shares_THC
+    def observe(self, layer: LayerInputs, lse_TH: Tensor) -> None:
+        """A pass has run that layer; the rows of the last pass are what `keep` is about."""
+        if layer.layer_idx in self._layers and self._num_kept < MAX_TOKENS:
+            self._seen[layer.layer_idx] = _Pass(layer.q_HTD, lse_TH, layer.scale)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Of the rows just looked at, those that predicted a token of the answer each."""
-        for layer_idx, shares_THC in self._seen.items():
-            kept_THC = shares_THC[list(rows)]
-            self._kept[layer_idx].append(torch.stack([kept_THC.mean(dim=1), kept_THC.amax(dim=1)]))
+        """These rows of the pass have each predicted a token of the answer."""
+        for layer_idx, seen in self._seen.items():
+            shares_THC = self._shares(layer_idx, seen, list(rows))
+            found_2TC = torch.stack([shares_THC.mean(dim=1), shares_THC.amax(dim=1)])
+            self._kept[layer_idx].append(found_2TC)
         if self._seen:
             self._num_kept += len(rows)
         self._seen = {}
 
+    def _shares(self, layer_idx: int, seen: _Pass, rows: list[int]) -> Tensor:
+        """Attention probability ``[T, H, C]`` of those rows on each column."""
+        q_HTD, lse_HT1 = seen.q_HTD[:, rows].float(), seen.lse_TH[rows].float().mT[..., None]
+        k_KSD, _ = self._cache.view(layer_idx)
+        kv_heads = k_KSD.shape[0]
+        q_KGD, lse_KG1 = (x.reshape(kv_heads, -1, x.shape[-1]) for x in (q_HTD, lse_HT1))
+        shares_KGC = q_KGD.new_zeros((*q_KGD.shape[:2], len(self._columns)))
+        num_keys = max((column.stop for column in self._columns), default=0)
+        for first in range(0, num_keys, _CHUNK):
+            k_KED = k_KSD[:, first : min(first + _CHUNK, num_keys)].float()
+            probs_KGE = torch.baddbmm(-lse_KG1, q_KGD, k_KED.mT, alpha=seen.scale).exp_()
+            for index, (_, start, stop) in enumerate(self._columns):
+                inside = probs_KGE[..., max(0, start - first) : max(0, stop - first)]
+                shares_KGC[..., index] += inside.sum(dim=-1)
+        return shares_KGC.view(*q_HTD.shape[:2], -1).transpose(0, 1)
+
     def findings(self) -> list[AttendedLayer]:
-        blocks = [block for block, _ in self._columns]
+        blocks = [column.block for column in self._columns]
         return [
             AttendedLayer(layer_idx, blocks, *torch.cat(kept, dim=1).tolist())
             for layer_idx, kept in sorted(self._kept.items())
@@ -77,20 +92,13 @@ class BlockObserver:
         ]
 
 
-def _shares(q_HTD: Tensor, k_KCD: Tensor, lse_HT: Tensor, scale: float) -> Tensor:
-    """Attention probability ``[T, H]`` on the keys."""
-    kv_heads, _, head_dim = k_KCD.shape
-    scores_KGC = (q_HTD.reshape(kv_heads, -1, head_dim) @ k_KCD.float().mT).mul_(scale)
-    return (scores_KGC.logsumexp(dim=-1).view_as(lse_HT) - lse_HT).exp().mT
-
-
-def _columns(blocks: Sequence[Block]) -> Iterator[_Columns]:
+def _columns(blocks: Sequence[Block]) -> Iterator[_Column]:
     start = 0
     for block in blocks:
         stop = start + len(block)
         if block.index == 0:
-            yield _Columns(-1, slice(start, min(start + SINK_TOKENS, stop)))
+            yield _Column(-1, start, min(start + SINK_TOKENS, stop))
             start = min(start + SINK_TOKENS, stop)
         if start < stop:
-            yield _Columns(block.index, slice(start, stop))
+            yield _Column(block.index, start, stop)
         start = stop

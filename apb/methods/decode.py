@@ -52,8 +52,7 @@ class ShardedDecode:
             gathered_RTHE = self._comm.all_gather(packed_THE, tag).wait()
             partial = self._backend.merge(gathered_RTHE)
         if self._observer is not None:
-            k_KSD, _ = self._cache.view(layer.layer_idx)
-            self._observer.observe(layer, k_KSD, partial.lse_TH)
+            self._observer.observe(layer, partial.lse_TH)
         return partial.out_THD
 
     def _segments(self, layer: LayerInputs) -> list[Segment]:

@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apb.attention.base import LayerInputs, masked_attention
+from apb.cache import CacheShape, KVCacheShard
 from apb.clock import Alignment, Offset, Reading, align
 from apb.errors import InputError
 from apb.layout import SequenceLayout
+from apb.methods import attended
 from apb.methods.attended import BlockObserver
 from apb.output import RankLayout, RequestMetrics, RequestOutput, trace_paths
 from apb.trace.activity import Activity, seconds_by_activity, slices_of, window
@@ -177,7 +179,7 @@ def test_an_inner_phase_hides_the_outer_one() -> None:
     }
 
 
-def test_shares_of_blocks_are_those_of_dense_attention() -> None:
+def test_shares_of_blocks_are_those_of_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, kv_heads, rows, dim, scale = 4, 2, 3, 8, 0.7
     layout = SequenceLayout.even(50, num_blocks=3, world_size=2)
     k_KSD = torch.randn(kv_heads, 50 + rows, dim)
@@ -190,9 +192,12 @@ def test_shares_of_blocks_are_those_of_dense_attention() -> None:
     expected = torch.stack(
         [probs_HTS[..., start:stop].sum(dim=-1) for start, stop in pairwise(edges)], dim=-1
     )
-    observer = BlockObserver(layout.blocks, num_layers=1)
-    observer.begin(slice(None))
-    observer.observe(LayerInputs(0, q_HTD, k_KSD, k_KSD, scale), k_KSD[:, :50], lse_TH)
+    cache = KVCacheShard(CacheShape(1, kv_heads, dim, torch.float32), capacity=50, device=CPU)
+    cache.write(0, k_KSD[:, :50], k_KSD[:, :50])
+    cache.commit(torch.arange(50))
+    monkeypatch.setattr(attended, "_CHUNK", 7)
+    observer = BlockObserver(layout.blocks, cache, num_layers=1)
+    observer.observe(LayerInputs(0, q_HTD, k_KSD, k_KSD, scale), lse_TH)
     observer.keep([0, 2])
     [found] = observer.findings()
     assert found.blocks == [-1, 0, 1, 2]
