@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> Path:
     hf_model = None
     if not args.no_hf:
         hf_model = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[args.dtype]).eval()
+        hf_model.to(lab.model.device)
     runs: list[Run] = []
     variants = [*args.drafters, *([] if args.no_hf else _HF)]
     for number, task in enumerate(tasks):
