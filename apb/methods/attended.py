@@ -76,11 +76,15 @@ class BlockObserver:
         shares_KGC = q_KGD.new_zeros((*q_KGD.shape[:2], len(self._columns)))
         num_keys = max((column.stop for column in self._columns), default=0)
         for first in range(0, num_keys, _CHUNK):
-            k_KED = k_KSD[:, first : min(first + _CHUNK, num_keys)].float()
+            last = min(first + _CHUNK, num_keys)
+            k_KED = k_KSD[:, first:last].float()
             probs_KGE = torch.baddbmm(-lse_KG1, q_KGD, k_KED.mT, alpha=seen.scale).exp_()
-            for index, (_, start, stop) in enumerate(self._columns):
-                inside = probs_KGE[..., max(0, start - first) : max(0, stop - first)]
-                shares_KGC[..., index] += inside.sum(dim=-1)
+            lengths = [
+                max(0, min(last, column.stop) - max(first, column.start))
+                for column in self._columns
+            ]
+            inside = [part.sum(dim=-1) for part in probs_KGE.split(lengths, dim=-1)]
+            shares_KGC += torch.stack(inside, dim=-1)
         return shares_KGC.view(*q_HTD.shape[:2], -1).transpose(0, 1)
 
     def findings(self) -> list[AttendedLayer]:
