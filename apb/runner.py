@@ -32,10 +32,11 @@ from apb.output import RequestOutput
 from apb.planning import Planner, Ready
 from apb.progress import Progress
 from apb.prompts.needle import make_needle
-from apb.report import RequestMeter
+from apb.report import RequestMeter, new_trace
 from apb.requests import Continuation, Question, RequestReader
 from apb.scoring import divergence, likelihood
 from apb.speculate.speculator import Speculator
+from apb.trace.records import Phase
 
 Reply = dict[str, Any]
 R = TypeVar("R", Question, Continuation)
@@ -55,8 +56,7 @@ class RequestRunner:
         self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
         self._shape = model_shape(self._hf_config)
-        max_positions: int = self._hf_config.max_position_embeddings
-        self._reader = RequestReader(config, max_positions=max_positions)
+        self._reader = RequestReader(config, max_positions=self._hf_config.max_position_embeddings)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
         self._progress = Progress(enabled=config.progress and comm.rank == OWNER)
@@ -76,6 +76,7 @@ class RequestRunner:
         if self._model is not None and config.drafter != self._config.drafter:
             self._speculator = None
         self._config, (self._method, self._backend) = config, parts
+        self._trace = self._comm.trace = new_trace(self._comm, enabled=config.trace)
         self._planner = Planner(
             config, self._comm, self._method, shape=self._shape, dtype=self._dtype
         )
@@ -94,6 +95,7 @@ class RequestRunner:
         timeout_s = arguments.pop("timeout_s", None)
         self._interrupt = Interrupt(self._comm, is_cancelled=is_cancelled, timeout_s=timeout_s)
         self._pulse.take_request()
+        self._trace.begin()
         try:
             self._pulse.enter(Stage.LOAD)
             yield from self._replies(op, arguments)
@@ -146,6 +148,7 @@ class RequestRunner:
             backend=self._backend,
             comm=self._comm,
             on_layer=self._after_layer,
+            trace=self._trace,
         )
         if self.is_owner and self._speculator is None:
             drafting = self._config.model.drafting_folder
@@ -165,13 +168,15 @@ class RequestRunner:
 
         def prepare() -> tuple[R, Ready]:
             begin = time.perf_counter()
-            request = read()
-            plan = self._planner.plan(request.prompt)
-            placement = self._planner.propose_placement(
-                plan, room=request.room, weights_loaded=self._model is not None
-            )
+            with self._trace.span(Phase.PLAN):
+                request = read()
+                plan = self._planner.plan(request.prompt)
+                placement = self._planner.propose_placement(
+                    plan, room=request.room, weights_loaded=self._model is not None
+                )
             prepared_s = time.perf_counter() - begin
-            return request, Ready(self._load(), plan, placement, prepared_s, [])
+            with self._trace.span(Phase.LOAD):
+                return request, Ready(self._load(), plan, placement, prepared_s, [])
 
         request, ready = together(self._comm, arguments, prepare)
         placement = self._planner.agree_on_placement(ready.placement)
@@ -180,13 +185,13 @@ class RequestRunner:
     def _ask(self, arguments: dict[str, Any]) -> Generator[Reply, None, None]:
         read = partial(self._reader.question, **arguments)
         request, ready = self._prepare(arguments, read)
-        meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
+        meter = RequestMeter(self._comm, prepared_s=ready.prepared_s, trace=self._trace)
         if self._speculator is not None:
             prompt_ids = [*request.prompt.context_ids, *request.prompt.query_ids]
             self._speculator.begin(prompt_ids, request.sampling)
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
-            with meter.timeline.phase("prefill"):
+            with meter.timeline.phase(Phase.PREFILL):
                 ready = self._read(request, ready)
             if self._speculator is not None and ready.rows is not None:
                 self._speculator.read(ready.rows.positions, ready.rows.local)
@@ -258,6 +263,7 @@ class RequestRunner:
             request.prompt,
             ready.plan,
             ready.engine.report(meter.local(self._speculator)),
+            model=self._config.model.name,
             method=plugin_name("method", self._config.method),
             backend=self._backend.name,
             drafter=plugin_name("drafter", self._config.drafter),
@@ -271,6 +277,7 @@ class RequestRunner:
             token_ids=[step.token_id for step in steps],
             finish_reason=finish_reason,
             metrics=metrics,
+            trace=meter.run_trace(ready.engine.attended(), answer.token_texts()),
         )
 
     def _score(self, op: str, arguments: dict[str, Any]) -> dict[str, list[float]]:

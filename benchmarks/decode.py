@@ -20,7 +20,7 @@ from apb.errors import ApbError
 from apb.hf.checkpoint import Checkpoint
 from apb.hf.model import DTYPES
 from apb.plugins import PLUGINS
-from benchmarks.decode_report import render
+from benchmarks.decode_report import chart, render
 from benchmarks.decode_runs import ApbLab, Run, hf_answer
 from benchmarks.decode_tasks import Task, read_tasks
 from benchmarks.environment import REPORTS, ROOT, Environment
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> Path:
     hf_model = None
     if not args.no_hf:
         hf_model = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[args.dtype]).eval()
+        hf_model.to(lab.model.device)
     runs: list[Run] = []
     variants = [*args.drafters, *([] if args.no_hf else _HF)]
     for number, task in enumerate(tasks):
@@ -105,9 +106,9 @@ def run(args: argparse.Namespace) -> Path:
         "settings": settings,
         "runs": [asdict(one) for one in runs],
     }
-    return write_report(
-        args.out, "decode", args.model, render(runs, environment, settings, plain=_PLAIN), data
-    )
+    lines = render(runs, environment, settings, plain=_PLAIN)
+    drawn = chart(runs, args.model, plain=_PLAIN)
+    return write_report(args.out, "decode", args.model, lines, data, drawn)
 
 
 def _check_same(lab: ApbLab, task: Task, runs: Sequence[Run]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apb.plot import Interval
+from benchmarks.chart import Bars, Chart
 from benchmarks.decode_runs import HF_LOOKUP_TOKENS, Run
 from benchmarks.environment import Environment
 from benchmarks.report import Estimate, table
@@ -51,6 +53,21 @@ def _table(runs: Sequence[Run], plain: str) -> list[str]:
         rows.append([*row, *_per_step(own)])
     header = ["drafter", "tokens/s", "speed-up", "acceptance", "nodes", "draft ms", "verify ms"]
     return table(header, rows)
+
+
+def chart(runs: Sequence[Run], model: str, *, plain: str) -> Chart:
+    """Tokens a second over those of plain decoding, by category."""
+    base = {run.task: run for run in runs if run.variant == plain}
+    groups: dict[str, dict[str, Interval | float]] = {}
+    for run in runs:
+        if run.variant != plain:
+            groups.setdefault(run.category, {})[run.variant] = 0.0
+    for category, bars in groups.items():
+        for variant in bars:
+            own = [run for run in runs if (run.category, run.variant) == (category, variant)]
+            ratios = [_rate(run) / _rate(base[run.task]) for run in own if _rate(base[run.task])]
+            bars[variant] = Estimate.of(ratios).interval() if ratios else 0.0
+    return Bars(title=f"Decoding of {model}", y_label="tokens/s over plain decoding", groups=groups)
 
 
 def _rate(run: Run) -> float:

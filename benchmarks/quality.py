@@ -25,7 +25,7 @@ from apb.prompts.needle_kinds import KINDS
 from benchmarks.environment import REPORTS, ROOT, Environment
 from benchmarks.quality_lab import METHODS, Lab, variants
 from benchmarks.quality_pairs import render_pairs
-from benchmarks.quality_report import render, summarise
+from benchmarks.quality_report import chart, render, summarise
 from benchmarks.quality_tasks import NeedleTask, ProseTask, Row, Task
 from benchmarks.report import print_report, write_report
 
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> Path | None:
         "rows": [asdict(row) for row in rows],
     }
     lines = [*render(summary, environment, settings), *render_pairs(rows, list(methods))]
-    return write_report(args.out, "quality", args.model, lines, data)
+    drawn = chart(summary, args.model)
+    return write_report(args.out, "quality", args.model, lines, data, drawn)
 
 
 def _tasks(lab: Lab, args: argparse.Namespace) -> list[Task]:

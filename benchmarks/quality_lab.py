@@ -27,6 +27,7 @@ from apb.prompts.needle import NeedleCase
 from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
 from apb.scoring import logprobs
+from apb.trace.records import Phase
 from apb.worker import choose_device
 
 REFERENCE = "full"
@@ -136,9 +137,9 @@ class Lab:
             comm=Communicator(0, 1, self.device),
         )
         timeline = Timeline(self.device)
-        with timeline.phase("prefill"):
+        with timeline.phase(Phase.PREFILL):
             self._engine.prefill(prompt, replace(plan, layout=here), room=room)
-        return timeline.phases_s["prefill"]
+        return timeline.phases_s[Phase.PREFILL]
 
     def answer_logprob(self, query_ids: Sequence[int], answer_ids: Sequence[int]) -> float:
         """Log-probability per token of an answer after context and query, which stays unread."""
