@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from apb.hf.tokenizer import load_tokenizer
 from apb.launchers.opening import inside_torchrun
 from apb.llm import LLM
 from apb.prompts.encode import control_tokens, encode_plain, start_ids
+from apb.revision import revision
 
 _ROOM = 384
 """Tokens that template, question and answer, or a continuation, may take beside a document."""
+_CHECKOUT = Path(__file__).parents[2]
 
 
 def evaluate(settings: Settings) -> Sequence[Row]:
@@ -67,6 +70,7 @@ def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) ->
     }
     if not missing:
         return
+    source = revision(_CHECKOUT, "apb", "conf", "kernels")
     total = sum(map(len, missing.values()))
     with (
         closing(LLM.from_overrides(next(iter(settings.methods.values())))) as llm,
@@ -82,7 +86,8 @@ def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) ->
                     current = label
                 config = llm.config
                 params = config.decode.sampling_params(seed=config.seed)
-                journal.append(case.run(llm, item.place, label, params))
+                row = case.run(llm, item.place, label, params)
+                journal.append(replace(row, source=source))
                 bar.update()
 
 

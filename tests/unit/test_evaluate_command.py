@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +16,7 @@ from apb.evaluate.journal import Journal, Row, read_evaluation
 from apb.evaluate.records import read_records
 from apb.evaluate.settings import Settings, parse_settings
 from apb.evaluate.tasks import RULER
+from no_space import room_for
 
 SETTINGS = {"overrides": ["model=tiny"], "methods": {"full": ["method=full"]}}
 ROW = Row(
@@ -100,6 +100,8 @@ def test_bad_input_is_one_sentence(
 
 def test_a_journal_keeps_rows_and_drops_a_half_written_one(tmp_path: Path) -> None:
     first = Journal(tmp_path, SETTINGS)
+    with pytest.raises(InputError, match="is being written by another evaluation"):
+        Journal(tmp_path, SETTINGS)
     rows = [replace(ROW, sample=sample) for sample in range(3)]
     for row in rows:
         first.append(row)
@@ -145,9 +147,12 @@ def test_a_folder_takes_more_methods_but_no_other_settings(tmp_path: Path) -> No
 def test_no_space_left_is_one_sentence_and_keeps_what_is_there(tmp_path: Path) -> None:
     journal = Journal(tmp_path, SETTINGS)
     journal.append(ROW)
+    samples = tmp_path / "samples.jsonl"
     with (
-        patch.object(journal, "_file", open("/dev/full", "a")),
-        pytest.raises(ApbError, match=r"No space left on device\): 1 samples are kept"),
+        room_for(samples, 20),
+        pytest.raises(
+            ApbError, match=r"File too large\): 1 samples are kept"
+        ),
     ):
         journal.append(replace(ROW, sample=1))
     journal.close()
