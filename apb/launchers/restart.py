@@ -14,7 +14,7 @@ from apb.supervision import RestartBudget, SupervisionConfig
 class RestartingSession(Session):
     """Replaces a lost gang, so that the request after a failed one is answered.
 
-    A gang that never answered anything is not replaced: the next would fare no better.
+    A gang that never got as far as reading is not replaced: the next would fare no better.
     """
 
     def __init__(
@@ -22,12 +22,21 @@ class RestartingSession(Session):
         open_gang: Callable[[int], Session],
         config: SupervisionConfig,
         *,
+        replaces: bool = True,
+        leave: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`open_gang`, given the number of restarts so far, starts ranks and does not wait."""
-        self._open_gang, self._clock = open_gang, clock
+        """The first gang starts at once.
+
+        Args:
+            open_gang: given the number of restarts so far, starts ranks and does not wait.
+            config: how many restarts are granted.
+            replaces: whether any are.
+            leave: what remains to do once the last gang has ended.
+        """
+        self._open_gang, self._leave, self._clock = open_gang, leave, clock
         self._config, self._budget = config, RestartBudget(config)
-        self._restarts, self._has_worked, self._is_closed = 0, False, False
+        self._replaces, self._restarts = replaces, 0
         self._gang = open_gang(0)
 
     def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
@@ -37,24 +46,22 @@ class RestartingSession(Session):
         while True:
             try:
                 yield from self._gang.call(op, **arguments)
-                break
+                return
             except EngineDeadError as error:
                 # A rank that died just before cannot have died of this request.
                 untaken = error.failure is not None and not error.failure.had_request
                 if not self._restart() or not untaken:
                     raise
-            except Exception:
-                self._has_worked = True  # it has refused or failed this request alone
-                raise
-        self._has_worked = True
 
     def close(self) -> None:
-        self._is_closed = True
+        self._replaces = False
         self._gang.close()
+        self._leave()
 
     def _restart(self) -> bool:
         """Start the next gang if one is granted."""
-        if not self._has_worked or self._is_closed or not self._budget.spend(self._clock()):
+        self.has_worked |= self._gang.has_worked
+        if not self.has_worked or not self._replaces or not self._budget.spend(self._clock()):
             return False
         self._gang.close()
         self._restarts += 1
@@ -62,7 +69,7 @@ class RestartingSession(Session):
         return True
 
     def _explained(self, lost: EngineDeadError) -> EngineDeadError:
-        if not self._has_worked or self._is_closed:
+        if not self.has_worked or not self._replaces:
             return lost
         limits = self._config
         return EngineDeadError(

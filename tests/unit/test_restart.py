@@ -28,6 +28,7 @@ class FakeGang(Session):
             self.lost = EngineDeadError(f"gang {self.number} was killed")
         if self.lost is not None:
             raise self.lost
+        self.has_worked = True
         if op == "refuse":
             raise RequestError("refused")
         yield {"result": self.number}
