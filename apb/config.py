@@ -119,6 +119,8 @@ class RunConfig:
         world_size: ranks that `launcher=local` and `launcher=ray` start; None is one per GPU.
         output: a file for the result as JSON.
         on_failure: of a rank: `restart` all ranks for the next request, or `stop`.
+        on_rank_loss: while it reads a document: `fail` the request, or `degrade`: the other ranks
+            read all blocks, for this request and the next ones.
         request_timeout_s: after which a request fails, counted from when the ranks take it.
         progress: draw a bar while a request runs, where stderr is a terminal.
     """
@@ -141,6 +143,7 @@ class RunConfig:
     world_size: int | None = None
     output: str | None = None
     on_failure: str = "restart"
+    on_rank_loss: str = "fail"
     request_timeout_s: float | None = None
     progress: bool = True
 
@@ -148,6 +151,9 @@ class RunConfig:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("on_failure", self.on_failure, ("restart", "stop"))
+        _check_choice("on_rank_loss", self.on_rank_loss, ("fail", "degrade"))
+        if self.on_rank_loss == "degrade" and self.on_failure == "stop":
+            raise InputError("on_rank_loss=degrade needs on_failure=restart: ranks start again")
         if self.request_timeout_s is not None and self.request_timeout_s <= 0:
             raise InputError(f"request_timeout_s={self.request_timeout_s} must be positive")
         if not 0 <= self.seed < 2**63:

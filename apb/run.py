@@ -91,8 +91,9 @@ def _answer() -> None:
         log_to_file(folder / "run.log")
     config = compose_config(overrides)
     output_path = _output_path(config, folder) if is_first else folder
-    # There is no second request that other ranks could answer.
-    llm = LLM.from_overrides([*overrides, "on_failure=stop"])
+    if config.on_rank_loss == "fail":  # there is no second request that other ranks could answer
+        overrides.append("on_failure=stop")
+    llm = LLM.from_overrides(overrides)
     with closing(llm):
         prompt = config.prompt.load(llm.make_needle, seed=config.seed)
         params = config.decode.sampling_params(seed=config.seed)

@@ -28,6 +28,7 @@ from apb.interrupt import Interrupt
 from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
+from apb.methods.plan import Reduced
 from apb.output import RequestOutput
 from apb.planning import Planner, Ready
 from apb.progress import Progress
@@ -45,7 +46,13 @@ _Parts = tuple[AttentionMethod, AttentionBackend]
 class RequestRunner:
     """Answers requests on one rank. The first request that passes its checks loads the weights."""
 
-    def __init__(self, config: RunConfig, comm: Communicator, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        comm: Communicator,
+        pulse: Pulse | None = None,
+        reduced: Reduced | None = None,
+    ) -> None:
         """Read configuration and tokenizer. `pulse` is told what the rank is busy with.
 
         Raises:
@@ -55,10 +62,12 @@ class RequestRunner:
         self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
         self._shape = model_shape(self._hf_config)
-        max_positions: int = self._hf_config.max_position_embeddings
-        self._reader = RequestReader(config, max_positions=max_positions)
+        self._reader = RequestReader(config, max_positions=self._hf_config.max_position_embeddings)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
+        self._planner_of = partial(
+            Planner, comm=comm, shape=self._shape, dtype=self._dtype, reduced=reduced
+        )
         self._progress = Progress(enabled=config.progress and comm.rank == OWNER)
         self._model: CausalLM | None = None
         self._speculator: Speculator | None = None
@@ -76,9 +85,7 @@ class RequestRunner:
         if self._model is not None and config.drafter != self._config.drafter:
             self._speculator = None
         self._config, (self._method, self._backend) = config, parts
-        self._planner = Planner(
-            config, self._comm, self._method, shape=self._shape, dtype=self._dtype
-        )
+        self._planner = self._planner_of(config, method=self._method)
         self._engine: Engine | None = None
 
     def handle(

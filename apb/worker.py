@@ -30,6 +30,7 @@ from apb.faults import FaultInjector, FaultyCommunicator, planned_faults
 from apb.heartbeat import Beat, Board, Pulse, Stage
 from apb.log import configure_logging
 from apb.methods.decode import OWNER
+from apb.methods.plan import Reduced
 from apb.runner import RequestRunner
 from apb.supervision import Report
 
@@ -204,7 +205,8 @@ def serve(
         device = choose_device(config.device, local_rank)
         join = partial(join_group, rank, world_size, device, pulse=pulse, injector=injector)
         comm, leave = join(init_method=init_method, store=store)
-        runner = RequestRunner(config, comm, pulse)
+        reduced = Reduced(*hello["reduced"]) if hello["reduced"] else None
+        runner = RequestRunner(config, comm, pulse, reduced)
         pulse.enter(Stage.IDLE)
         if rank == OWNER:
             _send(connection, {"result": None})

@@ -15,6 +15,7 @@ from apb.errors import EngineDeadError, InputError, RankFailure, RequestError
 from apb.heartbeat import Beat, Stage
 from apb.launchers.base import Session
 from apb.methods.decode import OWNER
+from apb.methods.plan import Reduced
 from apb.supervision import Blame, Report, Stall, SupervisionConfig, Watcher, first_cause
 
 _POLL_S = 0.25
@@ -110,14 +111,21 @@ class GangSession(Session):
         *,
         supervision: SupervisionConfig,
         restarts: int = 0,
+        reduced: Reduced | None = None,
     ) -> None:
-        """Tell the ranks their settings and do not wait; so many gangs came before."""
+        """Tell the ranks their settings and do not wait.
+
+        Args:
+            restarts: how many gangs came before.
+            reduced: where these ranks are what is left of more.
+        """
         self._ranks, self._watcher = ranks, Watcher(supervision)
         self._failure: EngineDeadError | None = None
         self._busy, self._requests = False, 0
         self._greetings = 1
         """Replies that precede those of the first call: the ranks have met, the model is loaded."""
-        self._send({**ranks.greeting, "overrides": list(overrides), "restarts": restarts})
+        settings = {"overrides": list(overrides), "restarts": restarts, "reduced": reduced}
+        self._send({**ranks.greeting, **settings})
         if restarts:  # so that the model is there when somebody asks
             self._request("load")
             self._greetings += 1

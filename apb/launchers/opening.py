@@ -13,14 +13,14 @@ from apb.launcher_config import RayLauncherConfig
 from apb.launchers.base import Session
 from apb.launchers.gang import GangSession, Ranks
 from apb.launchers.processes import RankProcesses
-from apb.launchers.restart import RestartingSession
+from apb.launchers.restart import RestartingSession, Survivors
 
 
 class _Launcher(NamedTuple):
-    """How many ranks are asked for, how so many come to be, and what is to do after the last."""
+    """How many ranks are asked for, how those with given numbers start, and how all is left."""
 
     world_size: int
-    start: Callable[[int], Ranks]
+    start: Callable[[Sequence[int]], Ranks]
     leave: Callable[[], None] = lambda: None
 
 
@@ -34,20 +34,16 @@ def open_session(config: RunConfig, overrides: Callable[[], Sequence[str]]) -> S
         return TorchrunSession(config)
     launcher = _on_ray(config) if name == "ray" else _on_this_machine(config)
 
-    def start(restarts: int) -> Session:
+    def start(restarts: int, survivors: Survivors) -> Session:
         return GangSession(
-            launcher.start(launcher.world_size),
+            launcher.start(survivors.ranks),
             overrides(),
             supervision=config.supervision,
             restarts=restarts,
+            reduced=survivors.reduced,
         )
 
-    return RestartingSession(
-        start,
-        config.supervision,
-        replaces=config.on_failure == "restart",
-        leave=launcher.leave,
-    )
+    return RestartingSession(start, launcher.world_size, config, leave=launcher.leave)
 
 
 def inside_torchrun() -> bool:
@@ -75,4 +71,4 @@ def _on_ray(config: RunConfig) -> _Launcher:
     cluster = Cluster(config.launcher.address)
     gpus = count_gpus() if runs_on_gpus(config) else 0
     world_size = config.world_size or max(1, gpus)
-    return _Launcher(world_size, lambda ranks: RayRanks(config, ranks), cluster.leave)
+    return _Launcher(world_size, lambda ranks: RayRanks(config, len(ranks)), cluster.leave)

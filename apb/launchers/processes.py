@@ -40,16 +40,17 @@ class RankProcess(NamedTuple):
 
 
 class RankProcesses(Ranks):
-    """`world_size` processes in process groups of their own."""
+    """Processes in process groups of their own."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, local_ranks: Sequence[int]) -> None:
+        """One for each of the numbers, which say what GPU of this machine it has."""
+        self.world_size = world_size = len(local_ranks)
         self._folder = tempfile.mkdtemp(prefix="apb-")
         self._board = Board(Path(self._folder) / "board", world_size, create=True)
         self._ranks: list[RankProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._board, self._folder)
-        for rank in range(world_size):
-            self._ranks.append(start_rank(rank, world_size))
+        for rank, local_rank in enumerate(local_ranks):
+            self._ranks.append(start_rank(rank, world_size, local_rank))
 
     @property
     def greeting(self) -> dict[str, Any]:
@@ -124,13 +125,13 @@ class RankProcesses(Ranks):
         self._finalizer()
 
 
-def start_rank(rank: int, world_size: int) -> RankProcess:
+def start_rank(rank: int, world_size: int, local_rank: int) -> RankProcess:
     ours, theirs = Pipe()
     environment = {
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(world_size),
         "APB_CONNECTION": str(theirs.fileno()),
         "APB_DRIVER": str(os.getpid()),
