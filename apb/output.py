@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import InputError
+from apb.files import written_whole
 
 
 class Likelihood(NamedTuple):
@@ -118,14 +116,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         InputError: the folder does not exist or cannot be written to.
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(value, file, indent=2, ensure_ascii=False)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with written_whole(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
     except OSError as error:
         raise InputError(f"output={path} cannot be written: {error.strerror}") from error
