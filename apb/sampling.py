@@ -103,15 +103,44 @@ def new_generator(seed: int | None, *, stream: str = "") -> torch.Generator:
     return generator
 
 
+_FIRST_LOOK = 64
+"""Tokens among which top-p's are looked for first; few distributions need more."""
+
+
 def filtered_probs(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """The distribution sampled from: temperature, then top-k, then top-p, renormalised.
 
-    Top-p keeps the smallest set of most likely tokens whose mass reaches `top_p`, at least one.
+    Top-p keeps the smallest set of most likely tokens whose mass reaches `top_p`, at least one. Of
+    equally likely tokens those of lower ids come first. Only as much of the vocabulary is sorted as
+    can be kept: all of it, for each node of a tree, took longer than the rest of a verification.
     """
-    sorted_V, order_V = (logits_V / params.temperature).sort(descending=True, stable=True)
+    probs_V = (logits_V / params.temperature).softmax(dim=-1)
     if params.top_k:
-        sorted_V[params.top_k :] = float("-inf")
-    probs_V = sorted_V.softmax(dim=-1)
-    before_V = probs_V.cumsum(dim=-1) - probs_V
-    probs_V = probs_V.masked_fill(before_V >= params.top_p, 0.0)
-    return probs_V.new_zeros(probs_V.shape).scatter_(0, order_V, probs_V / probs_V.sum())
+        ids_C = _likeliest(probs_V, min(params.top_k, len(probs_V)))
+        kept_C = probs_V[ids_C] / probs_V[ids_C].sum()
+    elif params.top_p < 1.0:
+        ids_C = _with_mass(probs_V, params.top_p)
+        kept_C = probs_V[ids_C]
+    else:
+        return probs_V
+    if params.top_p < 1.0:
+        before_C = kept_C.cumsum(dim=-1) - kept_C
+        kept_C = kept_C.masked_fill(before_C >= params.top_p, 0.0)
+    return torch.zeros_like(probs_V).index_copy_(0, ids_C, kept_C / kept_C.sum())
+
+
+def _with_mass(probs_V: Tensor, mass: float) -> Tensor:
+    """Ids of so many likeliest tokens, in order, that their probabilities reach `mass`, or all."""
+    count = _FIRST_LOOK
+    while True:
+        ids_C = _likeliest(probs_V, min(count, len(probs_V)))
+        if len(ids_C) == len(probs_V) or float(probs_V[ids_C].sum()) > mass:
+            return ids_C
+        count *= 8
+
+
+def _likeliest(probs_V: Tensor, count: int) -> Tensor:
+    """Ids of the likeliest tokens, in order."""
+    least = probs_V.topk(count).values[-1]
+    ids_C = (probs_V >= least).nonzero().flatten()
+    return ids_C[probs_V[ids_C].sort(descending=True, stable=True).indices[:count]]
