@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -22,7 +23,7 @@ from apb.log import configure_logging, log_to_file
 from apb.output import RequestOutput, write_json
 from apb.paths import config_dir
 from apb.prompts.needle import NeedleCase, is_correct
-from apb.prompts.source import PromptText
+from apb.prompts.source import FileConfig, PromptText
 from apb.table import timing_table
 
 _LOG = logging.getLogger("apb")
@@ -95,7 +96,7 @@ def _answer() -> None:
         overrides.append("on_failure=stop")
     llm = LLM.from_overrides(overrides)
     with closing(llm):
-        prompt = config.prompt.load(llm.make_needle, seed=config.seed)
+        prompt = _prompt(llm, config, is_first=is_first)
         params = config.decode.sampling_params(seed=config.seed)
         llm.start()
         with draining(config.supervision.drain_s):
@@ -104,6 +105,15 @@ def _answer() -> None:
         _show(prompt, output)
         write_json(output_path, output.to_json())
         _LOG.info("result in %s", output_path)
+
+
+def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
+    """The prompt; a document is read by rank 0, before it meets the others, and by no other."""
+    load = partial(config.prompt.load, llm.make_needle, seed=config.seed)
+    if not isinstance(config.prompt, FileConfig):
+        return load()
+    here = iter([load()] if is_first else ())
+    return PromptText(*next(llm.shared(here)))
 
 
 def _output_path(config: RunConfig, folder: Path) -> Path:

@@ -98,22 +98,22 @@ class RestartingSession(Session):
         if failure is None or failure.rank is None:
             return False
         # A rank that died just before cannot have died of this request.
-        return not failure.had_request or (self._degrades and not has_begun)
+        return not failure.had_request or (self._can_do_without_one and not has_begun)
+
+    @property
+    def _can_do_without_one(self) -> bool:
+        return self._degrades and len(self._survivors.ranks) > 1
 
     def _restart(self, failure: RankFailure | None) -> bool:
         """Start the next gang if one is granted."""
         self.has_worked |= self._gang.has_worked
-        survivors = self._survivors
-        if self._degrades and failure is not None and failure.rank is not None:
-            survivors = survivors.without(failure)
-        if not (self.has_worked and self._replaces and survivors.ranks):
+        if not self.has_worked or not self._replaces or not self._budget.spend(self._clock()):
             return False
-        if not self._budget.spend(self._clock()):
-            return False
+        if self._can_do_without_one and failure is not None and failure.rank is not None:
+            self._survivors = self._survivors.without(failure)
         self._gang.close()
         self._restarts += 1
-        self._survivors = survivors
-        self._gang = self._open_gang(self._restarts, survivors)
+        self._gang = self._open_gang(self._restarts, self._survivors)
         return True
 
     def _explained(self, lost: EngineDeadError) -> EngineDeadError:

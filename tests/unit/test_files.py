@@ -14,9 +14,14 @@ from apb.output import write_json
 def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as scratch:
-        scratch.write_text("half of the n")
-        raise KeyboardInterrupt
+
+    def write() -> None:
+        with written_whole(path) as scratch:
+            scratch.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert path.read_text() == "old"
     assert [*tmp_path.iterdir()] == [path]
 
