@@ -165,10 +165,15 @@ class LLM:
             replies = self._session.call("divergence", **arguments, **self._limits(None))
             return Divergence(**_result(replies))
 
-    def make_needle(self, **arguments: Any) -> dict[str, str]:
+    def make_needle(
+        self, *, context_len: int, seed: int = 0, depth: float | None = None, kind: str = "single"
+    ) -> dict[str, str]:
         """A generated document around a fact, in this model's tokens (see `make_needle`)."""
         with self._request():
-            case: dict[str, str] = _result(self._session.call("needle", **arguments))
+            replies = self._session.call(
+                "needle", context_len=context_len, seed=seed, depth=depth, kind=kind
+            )
+            case: dict[str, str] = _result(replies)
             return case
 
     def shared(self, values: Iterator[T]) -> Iterator[T]:

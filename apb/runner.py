@@ -32,7 +32,6 @@ from apb.methods.plan import Reduced
 from apb.output import RequestOutput
 from apb.planning import Planner, Ready
 from apb.progress import Progress
-from apb.prompts.needle import make_needle
 from apb.report import RequestMeter
 from apb.requests import Continuation, Question, RequestReader
 from apb.scoring import divergence, likelihood
@@ -115,7 +114,7 @@ class RequestRunner:
             together(self._comm, op, self._check_and_load)
             yield {"result": None}
         elif op == "needle":
-            case = make_needle(self._reader.count_tokens, **arguments)
+            case = self._reader.needle(**arguments)
             fields = {"document": case.document, "question": case.question, "answer": case.answer}
             yield {"result": fields}
         elif op == "configure":
