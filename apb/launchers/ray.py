@@ -202,13 +202,15 @@ class RayRanks(Ranks):
         return self._places[rank].address
 
     def is_stopped(self, rank: int) -> bool:
-        """As a neighbour on the same node sees it."""
-        node = self._places[rank].node
-        for other, place in enumerate(self._places):
-            if place.node == node and other not in (rank, *self._asked):
-                question = self._actors[other].is_stopped.options(concurrency_group=PULSE)
-                return bool(_answer(question.remote(self._beats[rank].pid)))
-        return False
+        """As the first neighbour that answers sees it; False for a rank alone on its node."""
+        node, pid = self._places[rank].node, self._beats[rank].pid
+        asked = [
+            self._actors[other].is_stopped.options(concurrency_group=PULSE).remote(pid)
+            for other, place in enumerate(self._places)
+            if place.node == node and other != rank
+        ]
+        answered = ray.wait(asked, timeout=_QUESTION_S)[0] if asked else []
+        return bool(answered and _answer(answered[0]))
 
     def stack_of(self, rank: int) -> str:
         stack = self._actors[rank].stack.options(concurrency_group=PULSE)
