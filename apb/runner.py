@@ -28,10 +28,10 @@ from apb.interrupt import Interrupt
 from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
+from apb.methods.plan import Reduced
 from apb.output import RequestOutput
 from apb.planning import Planner, Ready
 from apb.progress import Progress
-from apb.prompts.needle import make_needle
 from apb.report import RequestMeter, new_trace
 from apb.requests import Continuation, Question, RequestReader
 from apb.scoring import divergence, likelihood
@@ -46,7 +46,13 @@ _Parts = tuple[AttentionMethod, AttentionBackend]
 class RequestRunner:
     """Answers requests on one rank. The first request that passes its checks loads the weights."""
 
-    def __init__(self, config: RunConfig, comm: Communicator, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        comm: Communicator,
+        pulse: Pulse | None = None,
+        reduced: Reduced | None = None,
+    ) -> None:
         """Read configuration and tokenizer. `pulse` is told what the rank is busy with.
 
         Raises:
@@ -59,6 +65,9 @@ class RequestRunner:
         self._reader = RequestReader(config, max_positions=self._hf_config.max_position_embeddings)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
+        self._planner_of = partial(
+            Planner, comm=comm, shape=self._shape, dtype=self._dtype, reduced=reduced
+        )
         self._progress = Progress(enabled=config.progress and comm.rank == OWNER)
         self._model: CausalLM | None = None
         self._speculator: Speculator | None = None
@@ -77,9 +86,7 @@ class RequestRunner:
             self._speculator = None
         self._config, (self._method, self._backend) = config, parts
         self._trace = self._comm.trace = new_trace(self._comm, enabled=config.trace)
-        self._planner = Planner(
-            config, self._comm, self._method, shape=self._shape, dtype=self._dtype
-        )
+        self._planner = self._planner_of(config, method=self._method)
         self._engine: Engine | None = None
 
     def handle(
@@ -110,7 +117,7 @@ class RequestRunner:
             together(self._comm, op, self._check_and_load)
             yield {"result": None}
         elif op == "needle":
-            case = make_needle(self._reader.count_tokens, **arguments)
+            case = self._reader.needle(**arguments)
             fields = {"document": case.document, "question": case.question, "answer": case.answer}
             yield {"result": fields}
         elif op == "configure":

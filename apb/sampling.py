@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +40,7 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._take_plain_values()
         if self.max_tokens < 1:
             raise InputError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0.0 <= self.temperature < float("inf"):
@@ -53,6 +55,42 @@ class SamplingParams:
             raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         if "" in self.stop:
             raise InputError("stop contains an empty string, which would end every answer at once")
+
+    def _take_plain_values(self) -> None:
+        """What ranks can be sent: numbers of Python, tuples of them and of strings.
+
+        Raises:
+            InputError: a field is something else.
+        """
+        plain: dict[str, Callable[[Any], object]] = {
+            "max_tokens": operator.index,
+            "temperature": _real,
+            "top_p": _real,
+            "top_k": operator.index,
+            "seed": lambda seed: None if seed is None else operator.index(seed),
+            "stop": _texts,
+            "stop_token_ids": lambda ids: tuple(map(operator.index, ids or ())),
+            "ignore_eos": bool,
+        }
+        for name, of in plain.items():
+            try:
+                object.__setattr__(self, name, of(getattr(self, name)))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"{name} has a value of a wrong type: {error}") from error
+
+
+def _real(value: object) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"'{type(value).__name__}' object is no number")
+    return float(value)
+
+
+def _texts(value: Iterable[object] | None) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value or ())
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"'{type(text).__name__}' object is no string")
+    return cast(tuple[str, ...], texts)
 
 
 class Sampler:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apb.errors import InputError
+from apb.files import written_whole
 
 SUFFIXES = (".safetensors", ".pt")
 """Of frequency lists."""
@@ -167,14 +168,12 @@ class DraftVocabulary:
             InputError: it is neither, or cannot be written there.
         """
         path = checked_path(path, to_write=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(self._as_pt() if path.suffix == ".pt" else self._as_safetensors())
-            os.replace(temporary, path)
+            with written_whole(path) as scratch:
+                is_pt = path.suffix == ".pt"
+                scratch.write_bytes(self._as_pt() if is_pt else self._as_safetensors())
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _as_pt(self) -> bytes:
         buffer = io.BytesIO()

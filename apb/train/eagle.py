@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apb.errors import InputError
+from apb.files import written_whole
 from apb.packed import has_fast_bf16
 from apb.speculate.eagle_head import EagleHead
 from apb.train.features import FeatureFolder, Features
@@ -190,9 +190,8 @@ class EagleTrainer:
             "head": self.head.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        scratch = self._path.with_suffix(".tmp")
-        torch.save(state, scratch)
-        os.replace(scratch, self._path)
+        with written_whole(self._path) as scratch:
+            torch.save(state, scratch)
 
     def _resume(self) -> None:
         state = torch.load(self._path, weights_only=True)

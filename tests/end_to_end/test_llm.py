@@ -262,6 +262,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"launcher": "torchrun"}, "RANK and WORLD_SIZE"),
         ({"world_size": 2, "num_blocks": 0}, "num_blocks=0"),
         ({"on_failure": "hope"}, "on_failure=hope must be one of restart, stop"),
+        ({"launcher": "torchrun", "on_rank_loss": "degrade"}, "torchrun starts all of them again"),
         ({"request_timeout_s": 0.0}, "request_timeout_s=0.0 must be positive"),
     ],
 )
