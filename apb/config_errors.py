@@ -22,7 +22,8 @@ def one_sentence(error: Exception) -> str:
             "than letters, digits and -_./ in quotation marks"
         )
     if isinstance(error, AttributeError):  # the composition has it and the schema does not
-        return f"{error.name} {_ELSEWHERE}"
+        named = error.name or str(error).rpartition(" attribute ")[2].strip("'")
+        return f"{named} {_ELSEWHERE}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = next(line for line in [*str(cause).splitlines(), type(error).__name__] if line.strip())
     text = text.strip()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import MISSING, fields, is_dataclass
@@ -214,6 +215,8 @@ def test_command_lines_end_in_an_answer_or_a_sentence(
     cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # An earlier test's handler would write to what was stderr then.
+    monkeypatch.setattr(logging.getLogger("apb"), "handlers", [])
 
     def check(drawn: list[str]) -> None:
         words = [word for word in drawn if not word.startswith("-")]  # those are Hydra's own
