@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import InputError
+from apb.files import written_whole
 from apb.trace.chrome import chrome_trace
 from apb.trace.page import render_page
 from apb.trace.records import RunTrace
@@ -179,12 +179,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"output={path} cannot be written: {error.strerror}") from error

@@ -38,7 +38,7 @@ def plot_lines(
     """Write an SVG with logarithmic axes, one line per series of ``(x, y)`` points.
 
     Raises:
-        ApbError: matplotlib is not installed.
+        ApbError: matplotlib is not installed, or the file cannot be written.
     """
     with _drawn(path, title=title, xlabel=x_label, ylabel=y_label) as axes:
         for (name, points), colour in zip(series.items(), _COLOURS, strict=False):
@@ -61,7 +61,7 @@ def plot_intervals(
     """Write an SVG with a logarithmic x axis, one line with intervals per series.
 
     Raises:
-        ApbError: matplotlib is not installed.
+        ApbError: matplotlib is not installed, or the file cannot be written.
     """
     with _drawn(path, title=title, xlabel=x_label, ylabel=y_label) as axes:
         for place, (name, points) in enumerate(series.items()):
@@ -142,7 +142,10 @@ def _drawn(path: Path, **labels: str) -> Iterator[Any]:
         axes.set(**labels)
         axes.grid(color=_INK, alpha=0.25)
         axes.legend(frameon=False)
-        figure.savefig(path, transparent=True, metadata={"Date": None})
+        try:
+            figure.savefig(path, transparent=True, metadata={"Date": None})
+        except OSError as error:
+            raise ApbError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _mark(axes: Any, xs: Iterable[float]) -> None:

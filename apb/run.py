@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -22,7 +23,7 @@ from apb.log import configure_logging, log_to_file
 from apb.output import RequestOutput, trace_paths
 from apb.paths import config_dir
 from apb.prompts.needle import NeedleCase, is_correct
-from apb.prompts.source import PromptText
+from apb.prompts.source import FileConfig, PromptText
 from apb.table import timing_table
 
 _LOG = logging.getLogger("apb")
@@ -91,10 +92,11 @@ def _answer() -> None:
         log_to_file(folder / "run.log")
     config = compose_config(overrides)
     output_path = _output_path(config, folder) if is_first else folder
-    # There is no second request that other ranks could answer.
-    llm = LLM.from_overrides([*overrides, "on_failure=stop"])
+    if config.on_rank_loss == "fail":  # there is no second request that other ranks could answer
+        overrides.append("on_failure=stop")
+    llm = LLM.from_overrides(overrides)
     with closing(llm):
-        prompt = config.prompt.load(llm.make_needle, seed=config.seed)
+        prompt = _prompt(llm, config, is_first=is_first)
         params = config.decode.sampling_params(seed=config.seed)
         llm.start()
         with draining(config.supervision.drain_s):
@@ -103,6 +105,15 @@ def _answer() -> None:
         _show(prompt, output)
         for path in output.write(output_path):
             _LOG.info("result in %s", path)
+
+
+def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
+    """The prompt; a document is read by rank 0, before it meets the others, and by no other."""
+    load = partial(config.prompt.load, llm.make_needle, seed=config.seed)
+    if not isinstance(config.prompt, FileConfig):
+        return load()
+    here = iter([load()] if is_first else ())
+    return PromptText(*next(llm.shared(here)))
 
 
 def _output_path(config: RunConfig, folder: Path) -> Path:

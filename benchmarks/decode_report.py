@@ -24,8 +24,8 @@ def render(
         "each at most",
         f"* prompts: {settings['samples']} of each Spec-Bench category "
         f"(`{settings['spec_bench']}`), {settings['quoting']} documents of up to "
-        f"{settings['document_chars']} characters with "
-        "the request to copy a part",
+        f"{settings['document_chars']} characters with a letter in them that is to be quoted (the "
+        "answer begins with what introduces the letter)",
         "* drafters gave the same tokens (but for near ties of logits); Hugging Face gave "
         f"{_agreement(runs, plain)} answers with the same tokens",
         f"* `hf-lookup`: `generate` with `prompt_lookup_num_tokens={HF_LOOKUP_TOKENS}`",

@@ -28,7 +28,7 @@ from apb.config import named_model
 from apb.errors import ApbError, InputError
 from apb.hf.checkpoint import Checkpoint
 from benchmarks.catalogue import CPU_JOBS, GPU_JOBS, Job
-from benchmarks.environment import REPORTS, ROOT, Environment, hardware_slug, revision
+from benchmarks.environment import REPORTS, ROOT, Environment, hardware_slug
 from benchmarks.report import print_report, table, write_report
 
 _MODEL = "smollm2-135m"
@@ -215,7 +215,8 @@ def run(args: argparse.Namespace) -> Path:
     if args.gpu and not torch.cuda.is_available():
         raise InputError("--gpu: torch finds no GPU here")
     Checkpoint.find(named_model(_MODEL))
-    environment, source = Environment.read("benchmarks"), revision()
+    environment = Environment.read("benchmarks")
+    source = environment.revision
     args.out.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if args.gpu else "cpu"
     logs = ROOT / "outputs" / "benchmarks"

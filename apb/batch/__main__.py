@@ -35,7 +35,10 @@ _LOG = logging.getLogger("apb")
 _OPTIONS = ("input", "output", "question")
 _SETTINGS = ("prompt=file", "progress=false")
 """Limits of documents are those of files; the bar counts rows."""
-_WITHOUT_EFFECT = ("launcher", "world_size", "runtime", "prompt", "output", "progress", "trace")
+_WITHOUT_EFFECT = (
+    *("launcher", "world_size", "runtime", "prompt", "output", "progress", "trace"),
+    *("supervision", "on_failure", "on_rank_loss", "request_timeout_s"),
+)
 
 
 def run(overrides: Sequence[str], *, source: str, output: str, question: str | None) -> int:
@@ -67,7 +70,7 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Of the settings that answers depend on; where the ranks are is not among them."""
+    """Of the settings that answers depend on; where the ranks are, and for how long, is not."""
     settings = {
         name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT
     }

@@ -39,7 +39,7 @@ class LeanDecoder:
         head = model.get_output_embeddings()
         weights = [x.weight for x in model.modules() if isinstance(x, nn.Linear)]
         is_plain = head.bias is None and all(map(_is_plain, model.base_model.layers))
-        return is_plain and model.dtype == torch.float32 and can_pack(weights)
+        return is_plain and can_pack(weights)
 
     def forward(
         self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend, taps: Iterable[PassTap]
@@ -61,7 +61,8 @@ class LeanDecoder:
         return x_TM
 
     def logits(self, hidden_TM: Tensor) -> Tensor:
-        return self._head(hidden_TM)
+        """Logits ``[T, V]`` in fp32."""
+        return self._head(hidden_TM).float()
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

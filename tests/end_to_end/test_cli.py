@@ -49,14 +49,28 @@ def check_trace(folder: Path) -> None:
     assert "tiny: apb, 2 ranks" in (folder / "torchrun.html").read_text()
 
 
-def test_torchrun_leaves_one_output_folder_and_one_log(tmp_path: Path) -> None:
-    done = run(tmp_path, *TORCHRUN, "3", "-m", "apb.run", *NEEDLE)
+RANKS_APART = """
+import os, sys
+os.chdir("rank" + os.environ["RANK"])
+from apb.run import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_under_torchrun_rank_0_alone_reads_the_document_and_writes(tmp_path: Path) -> None:
+    for rank in range(3):
+        (tmp_path / f"rank{rank}").mkdir()
+    (tmp_path / "rank0/report.txt").write_text("The miller kept bees. " * 40)
+    (tmp_path / "apart.py").write_text(RANKS_APART)
+    prompt = ["prompt=file", "prompt.document=report.txt", "prompt.query=Who kept bees?"]
+    settings = ["+model=tiny", "decode.max_tokens=6", "decode.ignore_eos=true"]
+    done = run(tmp_path, *TORCHRUN, "3", "apart.py", *settings, *prompt)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     assert len(list(tmp_path.rglob("run.log"))) == len(list(tmp_path.rglob(".hydra"))) == 1
-    (result,) = tmp_path.rglob("result.json")
+    (result,) = (tmp_path / "rank0").rglob("result.json")
     assert json.loads(result.read_text())["metrics"]["generated_tokens"] == 6
     assert done.stdout.count("answer ") == 1
+    assert [*(tmp_path / "rank1").iterdir(), *(tmp_path / "rank2").iterdir()] == []
 
 
 def test_a_file_is_read_and_model_without_plus_works(tmp_path: Path) -> None:

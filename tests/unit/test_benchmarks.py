@@ -161,7 +161,7 @@ def test_a_page_links_what_was_done_and_says_why_the_rest_was_not(
     monkeypatch.setattr(suite, "CPU_JOBS", [*JOBS, Job("d", "d", (), 1e6)])
     monkeypatch.setattr(suite, "ROOT", tmp_path)
     monkeypatch.setattr(suite, "_MODEL", str(ROOT / "tests" / "fixtures"))
-    monkeypatch.setattr(suite.Checkpoint, "find", lambda _: None)
+    monkeypatch.setattr("benchmarks.suite.Checkpoint.find", lambda _: None)
     (tmp_path / "a.svg").write_text("<svg/>")
     with pytest.raises(ApbError, match=r"1 of 4 failed \(b\); see .*all_cpu_"):
         suite.run(suite.parse(["--budget", "1h", "--out", str(tmp_path)]))
@@ -298,7 +298,8 @@ def test_a_start_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_starts_that_answer_differently_are_not_reported() -> None:
     run = startup.Run(state="warm", seconds={}, answers=[[1, 2], [1, 2]])
     startup.check_same([run, run])
-    for answers in ([[1, 2], [1, 3]], [[], []]):
+    different: list[list[list[int]]] = [[[1, 2], [1, 3]], [[], []]]
+    for answers in different:
         with pytest.raises(ApbError, match="different answers"):
             startup.check_same([replace(run, answers=answers)])
 
