@@ -123,7 +123,7 @@ def _output_path(config: RunConfig, folder: Path) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output={config.output} is no file in an existing folder")
     if config.trace:
-        trace_paths(path)
+        trace_paths(Path(config.output))
     return path
 
 

@@ -15,6 +15,8 @@ _RIGHT, _TOP = 12, 6
 _LANE, _GAP = 22, 6
 _BIN = 1.0
 """Pixels that are one colour at least: that of what most of their time went to."""
+_NAME = 12
+"""Pixels that a name takes above another."""
 MAX_LANES = 16
 
 
@@ -133,8 +135,9 @@ def curves(
         points = [(axis.x(sample.at_ns), y(value(sample))) for sample in found]
         drawn.append(svg.path(points, "curve", f"rank {rank}"))
     last = {rank: value(found[-1]) for rank, found in samples.items()}
-    named = {max(last, key=lambda rank: last[rank]), min(last, key=lambda rank: last[rank])}
-    for rank in named:
+    highest, lowest = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
+    apart = y(last[lowest]) - y(last[highest]) > _NAME
+    for rank in (highest, lowest) if apart else (highest,):
         x = axis.x(samples[rank][-1].at_ns)
         drawn.append(svg.text(x + 6, y(last[rank]) + 4, f"rank {rank}", "tick"))
     return svg.chart(bottom + 22, drawn, label=label)

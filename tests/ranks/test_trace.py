@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from apb.clock import Alignment, align, read_clocks
 from apb.comm import Communicator
 from apb.config import compose_config
 from apb.output import RequestOutput
@@ -191,6 +193,20 @@ def test_activities_fill_the_phases_without_overlap(answer: Answer) -> None:
         [prefill] = spans_of(part, Phase.PREFILL)
         inside = [each.within(prefill.begin_ns, prefill.end_ns).seconds for each in slices]
         assert sum(inside) == pytest.approx(prefill.seconds, abs=1e-9)
+
+
+def clocks_as_of_two_machines(comm: Communicator) -> list[Alignment]:
+    """What ranks that take each other for strangers find out about the one clock they share."""
+    with patch("apb.clock.machine", lambda: f"machine {comm.rank}"):
+        return align(read_clocks(comm), read_clocks(comm))
+
+
+def test_clocks_are_compared_by_gathers(pool_of: PoolOf) -> None:
+    for own, other in pool_of(2).run(clocks_as_of_two_machines):
+        assert own.error_ns == 0
+        assert 0 < other.error_ns < 10**9
+        for offset in other:
+            assert abs(offset.offset_ns) <= offset.error_ns
 
 
 def test_attention_does_not_depend_on_where_blocks_are(answers: dict[str, Answer]) -> None:
