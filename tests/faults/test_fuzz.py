@@ -145,7 +145,7 @@ def values(default: object) -> st.SearchStrategy[str]:
 
 def defaults(schema: type, prefix: str) -> dict[str, object]:
     """The settings below a prefix, with their defaults."""
-    found = {}
+    found: dict[str, object] = {}
     for field in fields(schema):
         nested = field.default_factory() if field.default_factory is not MISSING else field.default
         if is_dataclass(nested):
