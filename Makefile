@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo model test faults nodes long lint format wheel clean
+.PHONY: help demo model test faults nodes long lint format docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ format: $(READY) ## fix style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(READY) ## build the documents as a site in build/docs
+	$(BIN)/python -m sphinx -qW --keep-going -c docs . build/docs
+
 wheel: $(READY) ## build dist/*.whl
 	$(BIN)/hatchling build -t wheel
 
@@ -44,5 +47,5 @@ clean: ## remove everything that make created here
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c .ci/constraints.txt -e ".[demo,test]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c .ci/constraints.txt -e ".[demo,docs,test]"
 	@touch $@

@@ -123,6 +123,7 @@ class RunConfig:
             read all blocks, for this request and the next ones.
         request_timeout_s: after which a request fails, counted from when the ranks take it.
         progress: draw a bar while a request runs, where stderr is a terminal.
+        trace: record what every rank does and when, beside the result (see `RequestOutput.write`).
     """
 
     model: ModelConfig = MISSING
@@ -146,6 +147,7 @@ class RunConfig:
     on_rank_loss: str = "fail"
     request_timeout_s: float | None = None
     progress: bool = True
+    trace: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))

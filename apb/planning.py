@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from apb.agreement import from_owner
 from apb.calibration import known_rates
@@ -50,6 +52,11 @@ class Ready(NamedTuple):
             auditor=auditor,
         )
         return self._replace(rows=rows)
+
+    def scored_rows(self, rows: Sequence[int], *, reread: int) -> Tensor:
+        """Final hidden states of rows after the context, whose last tokens may be among them."""
+        self.engine.rewind(reread)
+        return self.engine.extend(rows)
 
 
 class Planner:

@@ -20,7 +20,7 @@ from apb.drain import EXIT_CODE, Terminated, draining
 from apb.errors import ApbError, EngineDeadError, InputError
 from apb.llm import LLM
 from apb.log import configure_logging, log_to_file
-from apb.output import RequestOutput, write_json
+from apb.output import RequestOutput, trace_paths
 from apb.paths import config_dir
 from apb.prompts.needle import NeedleCase, is_correct
 from apb.prompts.source import FileConfig, PromptText
@@ -103,8 +103,8 @@ def _answer() -> None:
             output = llm.ask(prompt.document, prompt.question, params)
     if is_first:
         _show(prompt, output)
-        write_json(output_path, output.to_json())
-        _LOG.info("result in %s", output_path)
+        for path in output.write(output_path):
+            _LOG.info("result in %s", path)
 
 
 def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
@@ -122,6 +122,8 @@ def _output_path(config: RunConfig, folder: Path) -> Path:
     path = Path(config.output).absolute()
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output={config.output} is no file in an existing folder")
+    if config.trace:
+        trace_paths(path)
     return path
 
 

@@ -41,10 +41,13 @@ def read_tasks(
 ) -> list[Task]:
     """`samples` prompts of each Spec-Bench category, evenly spread, and `quoting` long ones.
 
+    Without `samples` the file is not read.
+
     Raises:
         InputError: the file is not there or is something else.
     """
-    texts = [*_spec_bench(spec_bench, samples), *_quoting(quoting, document_chars)]
+    spoken = _spec_bench(spec_bench, samples) if samples else ()
+    texts = [*spoken, *_quoting(quoting, document_chars)]
     return [_task(text, tokenizer) for text in texts]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from apb.revision import revision
 
 ROOT = Path(__file__).parents[1]
 REPORTS = Path(__file__).parent / "reports"
@@ -43,7 +43,7 @@ class Environment:
         packages = ("apb", "torch", "transformers", "tokenizers", "numpy")
         return cls(
             command=shlex.join(["python", "-m", module, *sys.argv[1:]]),
-            revision=revision(),
+            revision=revision(ROOT, "apb", "kernels", "conf", "benchmarks/*.py"),
             hardware=hardware(),
             cores=os.cpu_count() or 1,
             memory_gib=round(memory / 2**30),
@@ -85,19 +85,3 @@ def hardware_slug() -> str:
     """The hardware as part of a file name, such as ``amd-epyc-2cores``."""
     slug = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
     return slug if torch.cuda.is_available() else f"{slug}-{os.cpu_count()}cores"
-
-
-def revision() -> str:
-    """The commit of the checkout, and a digest of its uncommitted changes where there are any."""
-    commit = _git("rev-parse", "--short=10", "HEAD").decode().strip()
-    if not commit:
-        return "unknown"
-    changes = _git("diff", "HEAD", "--", "apb", "kernels", "conf", "benchmarks/*.py")
-    return f"{commit}+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else commit
-
-
-def _git(*arguments: str) -> bytes:
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True).stdout
-    except FileNotFoundError:
-        return b""

@@ -36,7 +36,7 @@ _OPTIONS = ("input", "output", "question")
 _SETTINGS = ("prompt=file", "progress=false")
 """Limits of documents are those of files; the bar counts rows."""
 _WITHOUT_EFFECT = (
-    *("launcher", "world_size", "runtime", "prompt", "output", "progress"),
+    *("launcher", "world_size", "runtime", "prompt", "output", "progress", "trace"),
     *("supervision", "on_failure", "on_rank_loss", "request_timeout_s"),
 )
 
@@ -52,6 +52,8 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
     config = compose_config(overrides)
     if not isinstance(config.prompt, FileConfig):
         raise InputError("a batch takes its documents from input=: drop prompt=")
+    if config.trace:
+        raise InputError("trace=true traces one answer: ask for it with apb.run, or drop it")
     with closing(LLM.from_overrides(overrides)) as llm:
         if os.environ.get("RANK", "0") != "0":  # of a torchrun gang: rank 0 reads and writes
             unread: Iterator[dict[str, str]] = iter(())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from apb.errors import InputError
 from apb.files import written_whole
+from apb.json_lines import JsonLines, encode_line
 
 Answer = dict[str, Any]
 """A row of output, with the fields of `TYPES`; an error and an answer exclude each other."""
@@ -54,7 +54,7 @@ class Journal:
         self._output = output
         self._lines = output if output.suffix == ".jsonl" else Path(f"{output}.jsonl")
         check_output(output)
-        self._file = self._open()
+        self._file = JsonLines(self._lines, output=output, writer="batch")
         try:
             self._answers = self._recover(settings)
         except BaseException:
@@ -68,9 +68,7 @@ class Journal:
     def add(self, answer: Answer) -> None:
         """Leaves the row on disk; fields that it has not got are null."""
         answer = {name: answer.get(name) for name in TYPES}
-        self._file.write(_line(answer))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append(answer)
         self._answers[answer["id"]] = answer
 
     def finish(self, order: Iterable[str]) -> None:
@@ -80,7 +78,7 @@ class Journal:
         with written_whole(self._output) as scratch:
             with scratch.open("wb") as file:
                 if self._lines == self._output:
-                    file.writelines(_line(answer) for answer in answers)
+                    file.writelines(map(encode_line, answers))
                 else:
                     _write_parquet(file, answers)
                 file.flush()
@@ -92,25 +90,11 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def _open(self) -> IO[bytes]:
-        try:
-            file = self._lines.open("ab+")
-        except OSError as error:
-            raise InputError(f"output={self._output} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise InputError(f"output={self._output} is being written by another batch") from None
-        return file
-
     def _recover(self, settings: str) -> dict[str, Answer]:
-        self._file.seek(0)
-        data = self._file.read()
-        *lines, rest = data.split(b"\n")
+        lines, begun = self._file.read()
         answers = [self._parse(line, number) for number, line in enumerate(lines, 1)]
-        if not _BEGIN.startswith(rest[: len(_BEGIN)]):
-            self._parse(rest, len(lines) + 1)  # not what a crash leaves of a line
+        if not _BEGIN.startswith(begun[: len(_BEGIN)]):
+            self._parse(begun, len(lines) + 1)  # not what a crash leaves of a line
         is_over = not answers and self._lines != self._output and self._output.exists()
         if is_over:  # an earlier batch, whose lines have become this file
             answers = _read_parquet(self._output)
@@ -119,9 +103,9 @@ class Journal:
                 f"output={self._output} holds answers given with another model or other settings: "
                 "choose another file or remove it"
             )
-        self._file.truncate(len(data) - len(rest))
+        self._file.drop_begun()
         if is_over:
-            self._file.writelines(_line(answer) for answer in answers)
+            self._file.append(*answers)
         return {answer["id"]: answer for answer in answers}
 
     def _parse(self, line: bytes, number: int) -> Answer:
@@ -134,10 +118,6 @@ class Journal:
                 f"output={self._lines} holds something else in line {number}: choose another file"
             ) from None
         return answer
-
-
-def _line(answer: Answer) -> bytes:
-    return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
 
 
 def check_output(output: Path) -> None:

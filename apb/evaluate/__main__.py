@@ -35,7 +35,6 @@ from apb.evaluate.report import render
 from apb.evaluate.settings import Settings, parse_settings
 from apb.evaluate.summary import summarise
 from apb.output import write_json
-from apb.report import installed_versions
 
 _PLOT = "scores.svg"
 
@@ -66,8 +65,7 @@ def _report(settings: Settings) -> list[str]:
     name, others = baseline = other or first_method(settings, rows)
     check_comparable(rows, baseline)
     summary = summarise(rows, name, others)
-    found = installed_versions()
-    lines = render(summary, settings, versions=", ".join(map(" ".join, found.items())))
+    lines = render(summary, settings, rows)
     model = settings.config.model.name
     try:
         if plot_scores(summary, settings.output / _PLOT, title=model):
@@ -77,7 +75,6 @@ def _report(settings: Settings) -> list[str]:
     data = {
         **settings.identity(),
         "model": model,
-        "versions": found,
         "baseline": name,
         "summary": [entry.to_json() for entry in summary.entries],
     }

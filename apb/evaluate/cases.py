@@ -58,6 +58,7 @@ class QuestionCase:
             prefill_s=output.metrics.prefill_s,
             ttft_s=output.metrics.ttft_s,
             notes=tuple(output.metrics.notes),
+            ran=f"{output.metrics.dtype} on {output.metrics.device}, {output.metrics.backend}",
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,16 @@ from apb.hf.tokenizer import load_tokenizer
 from apb.launchers.opening import inside_torchrun
 from apb.llm import LLM
 from apb.prompts.encode import control_tokens, encode_plain, start_ids
+from apb.revision import revision
 
 _ROOM = 384
 """Tokens that template, question and answer, or a continuation, may take beside a document."""
+_TOGETHER = 1 << 18
+"""Tokens of documents that are made at once; taking other settings costs a third of a second."""
+_CHECKOUT = Path(__file__).parents[2]
+
+Todo = tuple[Item, Sequence[str]]
+"""A sample, and the methods that it lacks."""
 
 
 def evaluate(settings: Settings) -> Sequence[Row]:
@@ -58,32 +66,46 @@ def _vocabulary(config: RunConfig) -> Vocabulary:
 
 
 def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) -> None:
-    missing = {
-        item: todo
+    missing = [
+        (item, todo)
         for item in found
         if (
             todo := [label for label in settings.methods if (item.place, label) not in journal.rows]
         )
-    }
+    ]
     if not missing:
         return
-    total = sum(map(len, missing.values()))
+    source = revision(_CHECKOUT, "apb", "conf", "kernels")
+    total = sum(len(todo) for _, todo in missing)
     with (
         closing(LLM.from_overrides(next(iter(settings.methods.values())))) as llm,
         tqdm(total=total, unit="sample", disable=None) as bar,
     ):
-        current = next(iter(settings.methods))
-        for item, todo in missing.items():
-            case = item.load()
-            for label in todo:
-                bar.set_description(f"{item.place.task} {item.place.length} {label}")
-                if label != current:
-                    llm.configure(settings.methods[label])
-                    current = label
-                config = llm.config
-                params = config.decode.sampling_params(seed=config.seed)
-                journal.append(case.run(llm, item.place, label, params))
-                bar.update()
+        for group in _groups(missing):
+            cases = {item: item.load() for item, _ in group}
+            for label, overrides in settings.methods.items():
+                chosen = [item for item, todo in group if label in todo]
+                if chosen:
+                    llm.configure(overrides)
+                for item in chosen:
+                    bar.set_description(f"{item.place.task} {item.place.length} {label}")
+                    params = llm.config.decode.sampling_params(seed=llm.config.seed)
+                    row = cases[item].run(llm, item.place, label, params)
+                    journal.append(replace(row, source=source))
+                    bar.update()
+
+
+def _groups(missing: Sequence[Todo]) -> Iterator[list[Todo]]:
+    """Samples that fit into memory together, so that methods change once for many of them."""
+    group: list[Todo] = []
+    tokens = 0
+    for item, todo in missing:
+        if group and tokens + item.place.length > _TOGETHER:
+            yield group
+            group, tokens = [], 0
+        group.append((item, todo))
+        tokens += item.place.length
+    yield group
 
 
 Baseline = tuple[str, Mapping[Place, Row]]

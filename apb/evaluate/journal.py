@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import ApbError, InputError
+from apb.json_lines import JsonLines, Lines
 from apb.output import write_json
 
 _SETTINGS = "settings.json"
@@ -32,6 +33,8 @@ class Row:
         tokens: of the document.
         score: from 0 to 1, of an answer.
         logprob: of a given continuation, per token; `kl` is that to exact attention, in nats.
+        ran: in which dtype, where and by which attention.
+        source: the commit of apb.
     """
 
     task: str
@@ -48,6 +51,8 @@ class Row:
     prefill_s: float | None = None
     ttft_s: float | None = None
     notes: tuple[str, ...] = ()
+    ran: str | None = None
+    source: str | None = None
 
     @property
     def place(self) -> Place:
@@ -65,22 +70,27 @@ class Journal:
         """Go on in `folder`, or begin there.
 
         Raises:
-            InputError: it belongs to an evaluation with other settings, or holds a damaged line.
+            InputError: it belongs to an evaluation with other settings, holds a damaged line or is
+                being written by another evaluation.
             ApbError: it cannot be written.
         """
         self.folder = folder
-        self.rows: Rows = {}
         if (folder / _SETTINGS).is_file():
             settings = _merged(folder, settings)
-            self.rows = _read(folder)
-        elif (folder / _SAMPLES).exists():
+        elif (folder / _SAMPLES).is_file() and (folder / _SAMPLES).stat().st_size:
             raise InputError(f"{folder / _SAMPLES} has no {_SETTINGS} beside it: give a new folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / _SETTINGS, dict(settings))
-            self._file = (folder / _SAMPLES).open("a", encoding="utf-8")
         except OSError as error:
             raise ApbError(f"output={folder} cannot be written ({error})") from error
+        self._file = JsonLines(folder / _SAMPLES, output=folder, writer="evaluation")
+        try:
+            self.rows = _rows_of(self._file.read(), folder / _SAMPLES)
+            self._file.drop_begun()
+            write_json(folder / _SETTINGS, dict(settings))
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, row: Row) -> None:
         """Keep a row, on disk at once.
@@ -89,8 +99,7 @@ class Journal:
             ApbError: there is no space left, or the folder has gone.
         """
         try:
-            self._file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._file.append(asdict(row))
         except OSError as error:
             raise ApbError(
                 f"{self.folder / _SAMPLES} cannot be written ({error.strerror}): {len(self.rows)} "
@@ -99,10 +108,7 @@ class Journal:
         self.rows[row.place, row.method] = row
 
     def close(self) -> None:
-        try:
-            self._file.close()
-        except OSError:  # what `append` could not write, it could not either
-            return
+        self._file.close()
 
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], Rows]:
@@ -113,29 +119,17 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], Rows]:
     """
     if not (folder / _SETTINGS).is_file():
         raise InputError(f"baseline={folder} is no folder of an evaluation: it has no {_SETTINGS}")
-    return _read_settings(folder), {(row.place, row.method): row for row in _rows(folder)}
-
-
-def _read(folder: Path) -> Rows:
-    """Rows so far; what follows the last whole line was being written when the run was stopped."""
-    rows = {(row.place, row.method): row for row in _rows(folder)}
     path = folder / _SAMPLES
-    if path.is_file():
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-    return rows
+    data = path.read_bytes() if path.is_file() else b""
+    return _read_settings(folder), _rows_of(Lines.of(data), path)
 
 
-def _rows(folder: Path) -> Iterable[Row]:
-    path = folder / _SAMPLES
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
-    for number, line in enumerate(lines, start=1):
+def _rows_of(lines: Lines, path: Path) -> Rows:
+    return {(row.place, row.method): row for row in _parsed(lines, path)}
+
+
+def _parsed(lines: Lines, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(lines.whole, start=1):
         try:
             fields = json.loads(line)
             lists = {name: tuple(fields[name]) for name in ("answers", "notes")}

@@ -12,7 +12,7 @@ def plot_scores(summary: Summary, path: Path, *, title: str) -> bool:
     """Write an SVG with a line and 95 % intervals per method, if any has scores.
 
     Raises:
-        ApbError: matplotlib is not installed.
+        ApbError: matplotlib is not installed, or the file cannot be written.
     """
     series: dict[str, list[Interval]] = {}
     for method in summary.methods:

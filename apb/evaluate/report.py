@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from apb.evaluate.intervals import Difference, Estimate
+from apb.evaluate.journal import Row
 from apb.evaluate.settings import Settings
 from apb.evaluate.summary import Entry, Summary
+from apb.report import installed_versions
 
 
-def render(summary: Summary, settings: Settings, *, versions: str) -> list[str]:
-    """The whole report."""
+def render(summary: Summary, settings: Settings, rows: Sequence[Row]) -> list[str]:
+    """The whole report about rows, which `summary` sums up."""
     return [
         f"# Evaluation of {settings.config.model.name}",
         "",
-        *_facts(summary, settings, versions),
+        *_facts(summary, settings, rows),
         *_scores(summary),
         *_differences(summary),
         *_prose(summary),
@@ -22,8 +25,18 @@ def render(summary: Summary, settings: Settings, *, versions: str) -> list[str]:
     ]
 
 
-def _facts(summary: Summary, settings: Settings, versions: str) -> Iterator[str]:
+def _facts(summary: Summary, settings: Settings, rows: Sequence[Row]) -> Iterator[str]:
+    versions = ", ".join(map(" ".join, installed_versions().items()))
     yield f"* {settings.samples} samples of each task at each length; {versions}"
+    # More than one of each where a folder was filled in several goes.
+    for what, origins in (
+        ("ran in", [row.ran for row in rows]),
+        ("by apb at commit", [row.source for row in rows]),
+    ):
+        counts = Counter(origin for origin in origins if origin is not None)
+        if counts:
+            found = (f"{origin} ({count} rows)" for origin, count in counts.items())
+            yield f"* {what} {', '.join(found)}"
     for label, overrides in settings.methods.items():
         yield f"* `{label}`: `{' '.join(overrides)}`"
     yield (

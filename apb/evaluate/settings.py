@@ -16,6 +16,7 @@ from apb.evaluate.match import match_all, match_part, word_f1
 from apb.evaluate.tasks import GROUPS, PROSE, TASKS
 from apb.launchers.opening import default_world_size
 from apb.plugins import PLUGINS
+from apb.report import installed_versions
 
 METRICS = {"part": match_part, "all": match_all, "f1": word_f1}
 """How answers to the user's own questions may be scored."""
@@ -110,6 +111,7 @@ def _identity(
         "overrides": list(common),
         "data": {path.stem: _digest(path) for path in data},
         "metric": metric,
+        "versions": installed_versions(),
         "methods": {label: list(own) for label, own in methods.items()},
     }
 

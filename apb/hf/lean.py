@@ -61,6 +61,7 @@ class LeanDecoder:
         return x_TM
 
     def logits(self, hidden_TM: Tensor) -> Tensor:
+        """Logits ``[T, V]`` in fp32."""
         return self._head(hidden_TM).float()
 
 

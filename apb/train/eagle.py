@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from apb.errors import InputError
 from apb.files import written_whole
+from apb.packed import has_fast_bf16
 from apb.speculate.eagle_head import EagleHead
 from apb.train.features import FeatureFolder, Features
 from apb.train.unroll import drafted_rows, drafted_states, step_loss
@@ -97,6 +98,8 @@ class EagleTrainer:
             head.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
         )
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
+        self._device = self._teacher.rows_CM.device
+        self._half = has_fast_bf16(self._device)
         self._step, self.seconds = 0, 0.0
         if self._path.exists():
             self._resume()
@@ -106,7 +109,8 @@ class EagleTrainer:
         recipe, started = self._recipe, time.perf_counter() - self.seconds
         bar = tqdm(total=recipe.steps, initial=self._step, desc="training", disable=None)
         for batch in self._batches():
-            loss, shown = self._loss(self._features.read(batch))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+                loss, shown = self._loss(self._read(batch))
             self._optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -119,6 +123,9 @@ class EagleTrainer:
             if self._step % recipe.save_every == 0 or self._step == recipe.steps:
                 self._save()
         bar.close()
+
+    def _read(self, lessons: Sequence[int]) -> Features:
+        return Features(*(value.to(self._device) for value in self._features.read(lessons)))
 
     def _loss(self, lessons: Features) -> tuple[Tensor, str]:
         recipe, rows_CM = self._recipe, self._teacher.rows_CM
@@ -166,7 +173,7 @@ class EagleTrainer:
         hits, counts = [0] * depth, [0] * depth
         for start in range(0, self._recipe.held_out, _BATCH_HELD_OUT):
             stop = min(start + _BATCH_HELD_OUT, self._recipe.held_out)
-            lessons = self._features.read(range(start, stop))
+            lessons = self._read(range(start, stop))
             for step, drafted_BTM in enumerate(self._drafts(lessons, depth)):
                 rows_BT = drafted_rows(lessons.drafted_NL, step)
                 wanted_R = (lessons.states_NLM[:, 1:][rows_BT] @ head_VM.T).argmax(-1)

@@ -14,7 +14,7 @@ from apb.arguments import parse_words, paths_of, whole_number
 from apb.config import RunConfig, compose_config
 from apb.corpus import find_records, find_texts
 from apb.errors import InputError
-from apb.hf.model import CausalLM, load_config
+from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import load_tokenizer, stop_ids, vocabulary_hash
 from apb.speculate.eagle_head import Eagle2Head, HeadShape
@@ -104,7 +104,8 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
             tokenizer_hash=vocabulary_hash(tokenizer),
         )
     device = choose_device(config.device, 0)
-    model = CausalLM.load(config.model, dtype=torch.float32, device=device)
+    dtype = choose_dtype(config.dtype, device)
+    model = CausalLM.load(config.model, dtype=dtype, device=device)
     target = HfTarget(model, tokenizer, stop_ids(config.model, hf_config, tokenizer))
     features = FeatureFolder(
         options.work,
@@ -132,7 +133,7 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
     )
     trainer = _trainer(options, target, exported, features, vocabulary)
     trainer.train()
-    held_out = trainer.held_out(target.head(), _DEPTH)
+    held_out = trainer.held_out(target.head().float(), _DEPTH)
     card = _card(config.model.name, options, command, trainer.seconds, held_out)
     write_head(options.output, trainer.head, exported, card, dtype=torch.bfloat16)
     return [f"{options.output}: {_figures(held_out)}"]
@@ -161,8 +162,8 @@ def _trainer(
         # It begins as the state that it is given, from which the next one is not far.
         head.fc.weight[:, shape.hidden_size :] += torch.eye(shape.hidden_size)
     ids_C = torch.arange(settings["vocab_size"]) if vocabulary is None else vocabulary.token_ids_C
-    rows_CM = target.head() if vocabulary is None else target.head()[ids_C]
-    teacher = Teacher(target.embedding(), rows_CM.detach(), ids_C)
+    head_VM = target.head().float()
+    teacher = Teacher(target.embedding().float(), head_VM[ids_C].detach(), ids_C)
     return EagleTrainer(head, teacher, features, options.recipe, options.work)
 
 
@@ -195,7 +196,7 @@ def _card(model: str, options: Options, command: str, seconds: float, held_out: 
 def run(arguments: Sequence[str], command: str) -> list[str]:
     """Train as `arguments` say; returns what to say of it. Raises ApbError."""
     values, overrides = parse_words(
-        arguments, (*_WORDS, *_NUMBERS), settings=("model", "device", "backend")
+        arguments, (*_WORDS, *_NUMBERS), settings=("model", "device", "dtype", "backend")
     )
     options = Options.of(values)
     return train_eagle(compose_config(overrides), options, command)

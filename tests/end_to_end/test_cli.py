@@ -22,7 +22,7 @@ def apb(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun_and_local_ranks_give_the_same_answer(tmp_path: Path) -> None:
-    torchrun = [*TORCHRUN, "2", "-m", "apb.run", *NEEDLE, "output=torchrun.json"]
+    torchrun = [*TORCHRUN, "2", "-m", "apb.run", *NEEDLE, "output=torchrun.json", "trace=true"]
     assert run(tmp_path, *torchrun).returncode == 0
     done = apb(tmp_path, *NEEDLE, "launcher=local", "world_size=2", "output=local.json")
     assert done.returncode == 0, done.stderr
@@ -35,6 +35,18 @@ def test_torchrun_and_local_ranks_give_the_same_answer(tmp_path: Path) -> None:
     assert len(ours["metrics"]["layout"]) == 2
     acceptance_length = theirs["metrics"]["acceptance_length"]
     assert f"drafter hybrid, acceptance length {acceptance_length:.2f} tokens" in done.stdout
+    check_trace(tmp_path)
+
+
+def check_trace(folder: Path) -> None:
+    """That only the run which was to has left a trace and a page, of both ranks."""
+    names = {path.name for path in folder.glob("*.*")}
+    assert names == {"local.json", "torchrun.json", "torchrun.trace.json", "torchrun.html"}
+    events = json.loads((folder / "torchrun.trace.json").read_text())["traceEvents"]
+    for rank in (0, 1):
+        phases = {event["name"] for event in events if event["pid"] == rank}
+        assert {"load", "plan", "prefill", "attention", "compress"} <= phases
+    assert "tiny: apb, 2 ranks" in (folder / "torchrun.html").read_text()
 
 
 RANKS_APART = """
@@ -94,6 +106,7 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(tmp_path: Path) -> No
             "no.txt does not exist",
         ),
         (["model=tiny", "output=nowhere/x.json"], "output=nowhere/x.json"),
+        (["model=tiny", "output=x.html", "trace=true"], "output=x.html"),
         (["model=custom", "model.path=."], "has no config.json"),
         (
             ["model=tiny", "num_blocks=4", "prompt.context_len=900", "method.anchor_len=5000"],

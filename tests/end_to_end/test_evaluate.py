@@ -13,6 +13,7 @@ from apb import LLM
 from apb.evaluate.__main__ import main
 from apb.evaluate.evaluation import evaluate
 from apb.evaluate.settings import parse_settings
+from apb.revision import revision
 
 WORDS = [
     *("+model=tiny", "tasks=niah_single_1,prose", "methods=[full,star,apb]"),
@@ -38,6 +39,15 @@ def test_every_sample_has_a_row_of_every_method(done: Path) -> None:
     assert len(found) == len(rows(done)) == 2 * 2 * 3
     digests = {(row["task"], row["sample"], row["digest"]) for row in rows(done)}
     assert len(digests) == 4, "the same documents for all methods"
+
+
+def test_rows_and_report_say_what_they_come_from(done: Path) -> None:
+    source = revision(Path(__file__).parents[2], "apb", "conf", "kernels")
+    assert {row["source"] for row in rows(done)} == {source}
+    report = (done / "report.md").read_text()
+    assert f"* by apb at commit {source} (12 rows)" in report
+    assert "* ran in float32 on cpu" in report or "* ran in bfloat16 on cpu" in report
+    assert "sdpa (6 rows)" in report, "of prose nothing is generated"
 
 
 def test_full_attention_does_not_diverge_from_itself_and_the_others_do(done: Path) -> None:

@@ -218,7 +218,7 @@ def test_sampling_repeats_with_its_seed(llm: LLM) -> None:
 
 def rank_process(ranks: LLM, rank: int) -> psutil.Process:
     session: Any = ranks._session
-    processes = getattr(session, "_gang", session)._processes
+    processes = getattr(session, "_gang", session)._ranks
     return psutil.Process(processes._ranks[rank].process.pid)
 
 

@@ -6,17 +6,18 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
 from apb.errors import ApbError, InputError
 from apb.evaluate.__main__ import main
 from apb.evaluate.cases import QuestionCase, Vocabulary, items
+from apb.evaluate.evaluation import _groups
 from apb.evaluate.journal import Journal, Row, read_evaluation
 from apb.evaluate.records import read_records
 from apb.evaluate.settings import Settings, parse_settings
 from apb.evaluate.tasks import RULER
+from no_space import room_for
 
 SETTINGS = {"overrides": ["model=tiny"], "methods": {"full": ["method=full"]}}
 ROW = Row(
@@ -100,6 +101,8 @@ def test_bad_input_is_one_sentence(
 
 def test_a_journal_keeps_rows_and_drops_a_half_written_one(tmp_path: Path) -> None:
     first = Journal(tmp_path, SETTINGS)
+    with pytest.raises(InputError, match="is being written by another evaluation"):
+        Journal(tmp_path, SETTINGS)
     rows = [replace(ROW, sample=sample) for sample in range(3)]
     for row in rows:
         first.append(row)
@@ -145,9 +148,10 @@ def test_a_folder_takes_more_methods_but_no_other_settings(tmp_path: Path) -> No
 def test_no_space_left_is_one_sentence_and_keeps_what_is_there(tmp_path: Path) -> None:
     journal = Journal(tmp_path, SETTINGS)
     journal.append(ROW)
+    samples = tmp_path / "samples.jsonl"
     with (
-        patch.object(journal, "_file", open("/dev/full", "a")),
-        pytest.raises(ApbError, match=r"No space left on device\): 1 samples are kept"),
+        room_for(samples, 20),
+        pytest.raises(ApbError, match=r"File too large\): 1 samples are kept"),
     ):
         journal.append(replace(ROW, sample=1))
     journal.close()
@@ -209,6 +213,23 @@ def test_the_first_samples_are_a_sample_of_the_whole() -> None:
         (task, length) for task in ("vt", "fwe", "prose") for length in (2048, 4096)
     }
     assert len(places) == len(set(places)) == 2 * 2 * 12 + 2 * 10, "there are ten passages"
+
+
+@pytest.mark.parametrize("limit", [1, 4096, 9000, 10**6])
+def test_samples_are_made_together_up_to_a_number_of_tokens(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apb.evaluate.evaluation._TOGETHER", limit)
+    found = items(parsed("tasks=vt,fwe", "lengths=2048,4096"), VOCABULARY, max_tokens=5)
+    missing = [(item, ["full"]) for item in found]
+    groups = [*_groups(missing)]
+    assert [todo for group in groups for todo in group] == missing
+    sizes = [sum(item.place.length for item, _ in group) for group in groups]
+    assert all(size <= limit or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
+    assert all(
+        size + group[0][0].place.length > limit
+        for size, group in zip(sizes, groups[1:], strict=False)
+    ), "no group ends before it is full"
 
 
 def test_prose_goes_on_where_its_document_ends() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apb.errors import ApbError
 from apb.evaluate.intervals import bootstrap, paired, sign_test, wilson
 from apb.evaluate.journal import Place, Row
 from apb.evaluate.match import match_all, match_part, word_f1
@@ -154,3 +155,5 @@ def test_the_plot_shows_every_method_with_scores(tmp_path: Path) -> None:
     assert all(text in drawn for text in ("tiny", "full", "apb+num_blocks=4", "score, %"))
     assert "zigzag" not in drawn
     assert not plot_scores(summarise(rows[2:], "full", {}), path, title="tiny")
+    with pytest.raises(ApbError, match=r"gone/scores\.svg cannot be written: No such file"):
+        plot_scores(summarise(rows, "full", {}), tmp_path / "gone" / "scores.svg", title="tiny")

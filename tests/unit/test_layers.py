@@ -15,12 +15,14 @@ ROOT = Path(__file__).parents[2]
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
     {"errors", "paths", "files", "heartbeat"},
+    {"header", "trace"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
     | {"log", "output", "progress", "model_config", "launcher_config", "corpus", "arguments"}
-    | {"packed", "plot", "supervision", "drain"},
+    | {"packed", "plot", "supervision", "drain", "json_lines", "revision"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
+    {"clock"},
     {"hf", "report", "table", "agreement", "calibration", "estimate", "hardware"}
     | {"interrupt", "faults"},
     {"engine"},

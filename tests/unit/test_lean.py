@@ -56,6 +56,22 @@ def test_lean_states_are_as_exact_as_those_of_the_modules(
     assert logits_TV.dtype == torch.float32
 
 
+@pytest.mark.skipif(
+    not has_fast_bf16(torch.device("cpu")), reason="this processor has no bf16 instructions"
+)
+@pytest.mark.parametrize("num_rows", [1, 9])
+@pytest.mark.parametrize("name", NAMES)
+def test_lean_states_in_bf16_are_as_exact_as_those_of_the_modules(name: str, num_rows: int) -> None:
+    model = CausalLM(copy.deepcopy(apb_model(name).hf).bfloat16(), torch.device("cpu"))
+    assert model._is_lean
+    wanted_TM = exact(model, num_rows)
+    module_error = (hidden(by_modules(model), num_rows) - wanted_TM).norm()
+    assert (hidden(model, num_rows) - wanted_TM).norm() <= 1.5 * module_error
+    states_TM = hidden(model, num_rows)
+    assert model.logits(states_TM).dtype == torch.float32
+    torch.testing.assert_close(model.logits(states_TM), by_modules(model).logits(states_TM))
+
+
 def test_many_rows_go_through_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     model = apb_model("llama")
     before = hidden(model, MAX_ROWS + 1)

@@ -14,6 +14,7 @@ from apb.config import compose_config
 from apb.cost import CostModel, ModelShape
 from apb.hardware import HARDWARE
 from apb.methods.plan import PlanRequest
+from pages import ROOT, code_spans, table_rows
 
 SHAPE = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 K = 1024
@@ -66,3 +67,21 @@ def test_prefill_times_are_the_paper_s(name: str, thousands: int) -> None:
 def test_a_layer_takes_as_long_as_the_paper_s(name: str) -> None:
     ratio = 1e3 * predicted_s(name, 128) / SHAPE.num_layers / LAYER_MS[name]
     assert abs(ratio - 1) <= WITHIN
+
+
+def test_the_table_of_the_documents_is_this_comparison() -> None:
+    rows = table_rows(ROOT / "docs/planning.md", "Will it fit, and how long will it take")
+    assert {code_spans(row[0])[0] for row in rows} == PREFILL_S.keys()
+    for label, *cells in rows:
+        (name,) = code_spans(label)
+        shown = [cell for cell in cells if cell]
+        for (thousands, paper_s), cell in zip(PREFILL_S[name].items(), shown, strict=True):
+            ours, theirs = cell.strip("*").split(" / ")
+            assert is_rounded(ours, predicted_s(name, thousands))
+            assert is_rounded(theirs, paper_s)
+            assert cell.startswith("**") == ((name, thousands) in SLOWER_THAN_THE_MODEL)
+
+
+def is_rounded(shown: str, value: float) -> bool:
+    unit: float = 10.0 ** -len(shown.partition(".")[2])
+    return abs(float(shown) - value) <= 0.501 * unit
