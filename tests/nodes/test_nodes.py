@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -184,27 +185,29 @@ def test_two_nodes_give_the_demo_models_tokens(nodes: Nodes, gang: Gang, tmp_pat
     check(gang, tmp_path, DEMO)
 
 
-def test_a_wire_cut_in_the_middle_of_a_prefill_is_an_error_that_names_the_node(
-    nodes: Nodes, tmp_path: Path
+def test_a_wire_cut_in_the_middle_of_a_prefill_is_an_error_that_names_the_other_node(
+    nodes: Nodes, gang: Gang, tmp_path: Path
 ) -> None:
-    pytest.importorskip("ray", reason="needs ray")
+    """Last of all, as a cluster does not survive it."""
     nodes.mend()
-    cluster = RayCluster(nodes)
-    try:
-        before = nodes.bytes_carried
-        process = cluster.start(tmp_path, *LONG)
-        give_up = time.monotonic() + _START_S
-        while nodes.bytes_carried - before < 12e6:  # a third of what the layers exchange
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.01)
-        nodes.is_cut = True
-        cut = time.monotonic()
-        text = output_of(process, timeout=150)
-        took = time.monotonic() - cut
-    finally:
-        cluster.close()
+    before = nodes.bytes_carried
+    process = gang.start(tmp_path, *LONG)
+    give_up = time.monotonic() + _START_S
+    while nodes.bytes_carried - before < 12e6:  # a third of what the layers exchange
+        assert process.poll() is None
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    nodes.is_cut = True
+    cut = time.monotonic()
+    text = output_of(process, timeout=150)
+    took = time.monotonic() - cut
     assert process.returncode == 1, text
     (said,) = [line for line in text.splitlines() if line.startswith("apb: ")]
-    assert f"on node {ADDRESSES[1]}" in said
-    assert took < 90, text
+    print(said, f"({took:.0f} s after the cut)")  # noqa: T201
+    assert re.match(r"apb: rank [23] on ", said), text
+    assert "has not been heard of for" in said
+    assert took < 60, text
+    if isinstance(gang, Torchrun):  # the other node has lost the store
+        while nodes.processes():
+            assert time.monotonic() - cut < 120
+            time.sleep(0.5)
