@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
+
 from apb.comm import Communicator, Kind, Tag
 from apb.errors import InputError
 from apb.methods.decode import OWNER
@@ -39,5 +41,13 @@ def together(comm: Communicator, request: object, prepare: Callable[[], T]) -> T
 
 
 def from_owner(comm: Communicator, value: Any) -> Any:
-    """The owner's JSON value on every rank."""
-    return comm.all_gather_json(value, Tag(0, 0, Kind.REPORT))[OWNER]
+    """The owner's JSON value, which may be long, on every rank."""
+    if comm.world_size == 1:
+        return value
+    tag = Tag(0, 0, Kind.REPORT)
+    text = json.dumps(value).encode() if comm.rank == OWNER else b""
+    (size,) = comm.broadcast_ints([len(text)], tag, src=OWNER)
+    text_U = torch.frombuffer(bytearray(text or bytes(size)), dtype=torch.uint8).to(comm.device)
+    received_U = comm.broadcast(text_U, tag, src=OWNER).wait()
+    comm.verify()
+    return json.loads(received_U.cpu().numpy().tobytes())

@@ -8,49 +8,32 @@ dtype, shape) and the receiver compares it with what it waits for.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apb.errors import EngineDeadError, PeerLostError, RankFailure
+from apb.errors import PeerLostError
+from apb.header import (
+    HEADER_BYTES,
+    Kind,
+    Tag,
+    header_fields,
+    mismatch,
+    packed_header,
+    payload_of,
+)
 from apb.heartbeat import Pulse
+from apb.trace.recorder import OFF, Trace
+
+__all__ = ["HEADER_BYTES", "Communicator", "Kind", "Pending", "Tag"]
 
 T = TypeVar("T")
-HEADER_BYTES = 128
-_HEADER = struct.Struct("=16q")
-_MAGIC = 0x41504231
 # torch 2.13 renamed it and warns on every call of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
-
-
-class Kind(IntEnum):
-    """What a message carries."""
-
-    CONTROL = 1
-    QUESTION = 2
-    UPSTREAM = 3
-    PARTIAL = 4
-    REPORT = 5
-    RING = 6
-    HEADS = 7
-    ROWS = 8
-    SHARD = 9
-    AUDIT = 10
-
-
-class Tag(NamedTuple):
-    """Which message this is: the forward pass, the layer within it, and the content."""
-
-    step: int
-    layer: int
-    kind: Kind
 
 
 class Pending(Generic[T]):
@@ -64,6 +47,13 @@ class Pending(Generic[T]):
         if self._finish is not None:
             self._result, self._finish = self._finish(), None
         return cast(T, self._result)
+
+
+class _UnderWay(NamedTuple):
+    """What torch has begun, and when."""
+
+    works: Sequence[Any] = ()
+    posted: Any = None
 
 
 @dataclass(slots=True)
@@ -80,6 +70,8 @@ class Communicator:
     """Is told while this rank waits for others."""
     control: dist.ProcessGroup | None = None
     """A group of its own for `agree`, where the default one is not gloo or may fall out of step."""
+    trace: Trace = OFF
+    """Is told of every message."""
     _unverified: list[tuple[list[tuple[int, ...]], Tensor]] = field(default_factory=list)
 
     def all_gather(self, x: Tensor, tag: Tag) -> Pending[Tensor]:
@@ -88,12 +80,12 @@ class Communicator:
             return Pending(lambda: x[None])
         sent_U = self._pack(x, tag)
         received_RU = sent_U.new_empty((self.world_size, sent_U.numel()))
-        works = self._begin(
+        begun = self._begin(
             tag, lambda: [_all_gather(received_RU.flatten(), sent_U, async_op=True)]
         )
 
         def finish() -> Tensor:
-            self._await(tag, works)
+            self._await(tag, begun)
             return self._accept(received_RU, range(self.world_size), tag, x)
 
         return Pending(finish)
@@ -103,10 +95,10 @@ class Communicator:
         if self.world_size == 1:
             return Pending(lambda: x)
         buffer_U = self._pack(x, tag, payload=self.rank == src)
-        works = self._begin(tag, lambda: [dist.broadcast(buffer_U, src=src, async_op=True)])
+        begun = self._begin(tag, lambda: [dist.broadcast(buffer_U, src=src, async_op=True)])
 
         def finish() -> Tensor:
-            self._await(tag, works)
+            self._await(tag, begun)
             return self._accept(buffer_U[None], [src], tag, x)[0]
 
         return Pending(finish)
@@ -125,10 +117,12 @@ class Communicator:
             *(dist.P2POp(dist.isend, buffer_U, rank) for rank, buffer_U in sent.items()),
             *(dist.P2POp(dist.irecv, buffer_U, rank) for rank, buffer_U in received.items()),
         ]
-        works = self._begin(tag, lambda: dist.batch_isend_irecv(operations)) if operations else []
+        begun = _UnderWay()
+        if operations:
+            begun = self._begin(tag, lambda: dist.batch_isend_irecv(operations))
 
         def finish() -> dict[int, Tensor]:
-            self._await(tag, works)
+            self._await(tag, begun)
             sent.clear()  # only now may the allocator have the memory back
             return {
                 rank: self._accept(buffer_U[None], [rank], tag, incoming[rank])[0]
@@ -161,7 +155,7 @@ class Communicator:
         texts_RU = self.all_gather(padded_U, tag).wait()
         self.verify()
         return [
-            json.loads(bytes(text_U[:size].tolist()))
+            json.loads(text_U[:size].numpy().tobytes())
             for text_U, size in zip(texts_RU.cpu(), sizes_R, strict=True)
         ]
 
@@ -171,32 +165,36 @@ class Communicator:
             return Pending(lambda: value)
         tag = Tag(0, 0, Kind.CONTROL)
         value_1 = torch.tensor([value], dtype=torch.uint8)
-        works = self._begin(
+        begun = self._begin(
             tag, lambda: [dist.broadcast(value_1, src=src, group=self.control, async_op=True)]
         )
 
         def finish() -> int:
-            self._await(tag, works)
+            self._await(tag, begun)
             return int(value_1)
 
         return Pending(finish)
 
-    def _begin(self, tag: Tag, start: Callable[[], list[Any]]) -> list[Any]:
+    def _begin(self, tag: Tag, start: Callable[[], list[Any]]) -> _UnderWay:
         try:
-            return start()
+            return _UnderWay(posted=self.trace.mark(), works=start())
         except RuntimeError as error:
             raise self._lost(tag, error) from error
 
-    def _await(self, tag: Tag, works: Sequence[Any]) -> None:
-        if self.pulse is not None and works:
+    def _await(self, tag: Tag, begun: _UnderWay) -> None:
+        if not begun.works:
+            return
+        if self.pulse is not None:
             self.pulse.wait(tag.step, tag.layer)
+        began = self.trace.mark()
         try:
-            for work in works:
+            for work in begun.works:
                 work.wait()
         except RuntimeError as error:
             raise self._lost(tag, error) from error
-        if self.pulse is not None and works:
+        if self.pulse is not None:
             self.pulse.go_on()
+        self.trace.waited(tag.kind.name.lower(), tag.step, tag.layer, begun.posted, began)
 
     def _lost(self, tag: Tag, error: RuntimeError) -> PeerLostError:
         reason = str(error).strip().splitlines()[0]
@@ -213,27 +211,30 @@ class Communicator:
 
     def _pack(self, x: Tensor, tag: Tag, *, payload: bool = True) -> Tensor:
         buffer_U = self._buffer(x)
-        packed = _HEADER.pack(*_fields(tag, self.rank, x))
-        header_U = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+        header_U = packed_header(tag, self.rank, x)
         if self.device.type == "cuda":  # from pageable memory the copy would stall the stream
             header_U = header_U.pin_memory()
         buffer_U[:HEADER_BYTES].copy_(header_U, non_blocking=True)
         if payload:
-            _payload(buffer_U[None], x)[0].copy_(x)
+            payload_of(buffer_U[None], x)[0].copy_(x)
         return buffer_U
 
     def _accept(
         self, received_RU: Tensor, sources: Sequence[int], tag: Tag, like: Tensor
     ) -> Tensor:
         """The payloads of messages that have arrived, one from each source."""
-        others = sum(source != self.rank for source in sources)
-        self.bytes_received += others * received_RU.shape[1]
+        others = [source for source in sources if source != self.rank]
+        nbytes = len(others) * received_RU.shape[1]
+        self.bytes_received += nbytes
+        self.trace.received(nbytes, others)
         # A copy: a view would keep the whole message alive until it is checked.
         headers_RU = received_RU[:, :HEADER_BYTES].clone()
-        self._unverified.append(([_fields(tag, source, like) for source in sources], headers_RU))
+        self._unverified.append(
+            ([header_fields(tag, source, like) for source in sources], headers_RU)
+        )
         if not self.defer_checks:
             self.verify()
-        return _payload(received_RU, like)
+        return payload_of(received_RU, like)
 
     def verify(self) -> None:
         """Check the headers of all messages received since the last call.
@@ -257,36 +258,4 @@ class Communicator:
             self.pulse.go_on()
         for wanted, fields in zip(expected, received, strict=True):
             if wanted != tuple(fields):
-                raise _mismatch(self.rank, wanted, fields)
-
-
-def _fields(tag: Tag, source: int, x: Tensor) -> tuple[int, ...]:
-    """The header of a message: 16 integers, the last ones the shape and zeros."""
-    fields = (_MAGIC, *tag, source, _DTYPES.index(x.dtype), x.dim(), *x.shape)
-    return fields + (0,) * (HEADER_BYTES // 8 - len(fields))
-
-
-def _payload(buffer_RU: Tensor, like: Tensor) -> Tensor:
-    flat_RN = buffer_RU[:, HEADER_BYTES:].view(like.dtype)[:, : like.numel()]
-    return flat_RN.unflatten(1, like.shape) if like.dim() else flat_RN[:, 0]
-
-
-def _mismatch(rank: int, expected: Sequence[int], received: Sequence[int]) -> EngineDeadError:
-    def describe(fields: Sequence[int]) -> str:
-        magic, step, layer, kind, source, dtype, dim, *shape = fields
-        if magic != _MAGIC:
-            return "bytes that are no apb message"
-        name = Kind(kind).name.lower() if kind in set(Kind) else f"kind {kind}"
-        element = str(_DTYPES[dtype]).removeprefix("torch.")
-        return f"{name} of step {step}, layer {layer}, rank {source}, {element} {shape[:dim]}"
-
-    message = (
-        f"rank {rank} waited for {describe(expected)} and received {describe(received)}: "
-        "a rank skipped or repeated a collective"
-    )
-    # Who gets an older message than it waits for has itself left one out.
-    is_behind = received[0] == _MAGIC and tuple(received[1:3]) < tuple(expected[1:3])
-    suspect = rank if is_behind else expected[4]
-    place = f"layer {expected[2]} of step {expected[1]}"
-    failure = RankFailure(suspect, "", place, f"sent or missed the wrong message: {message}")
-    return EngineDeadError(message, failure)
+                raise mismatch(self.rank, wanted, fields)

@@ -6,19 +6,19 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from apb.attention.base import BackendConfig
+from apb.config_errors import one_sentence
 from apb.errors import InputError
 from apb.launcher_config import LauncherConfig
 from apb.methods.audit import AuditSample
@@ -119,8 +119,11 @@ class RunConfig:
         world_size: ranks that `launcher=local` and `launcher=ray` start; None is one per GPU.
         output: a file for the result as JSON.
         on_failure: of a rank: `restart` all ranks for the next request, or `stop`.
+        on_rank_loss: while it reads a document: `fail` the request, or `degrade`: the other ranks
+            read all blocks, for this request and the next ones.
         request_timeout_s: after which a request fails, counted from when the ranks take it.
         progress: draw a bar while a request runs, where stderr is a terminal.
+        trace: record what every rank does and when, beside the result (see `RequestOutput.write`).
     """
 
     model: ModelConfig = MISSING
@@ -141,13 +144,18 @@ class RunConfig:
     world_size: int | None = None
     output: str | None = None
     on_failure: str = "restart"
+    on_rank_loss: str = "fail"
     request_timeout_s: float | None = None
     progress: bool = True
+    trace: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("on_failure", self.on_failure, ("restart", "stop"))
+        _check_choice("on_rank_loss", self.on_rank_loss, ("fail", "degrade"))
+        if self.on_rank_loss == "degrade" and self.on_failure == "stop":
+            raise InputError("on_rank_loss=degrade needs on_failure=restart: ranks start again")
         if self.request_timeout_s is not None and self.request_timeout_s <= 0:
             raise InputError(f"request_timeout_s={self.request_timeout_s} must be positive")
         if not 0 <= self.seed < 2**63:
@@ -230,7 +238,7 @@ def compose_config(overrides: Sequence[str]) -> RunConfig:
         try:
             config = compose("run", normalised(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise InputError(_one_sentence(error)) from error
+            raise InputError(one_sentence(error)) from error
     return to_run_config(config)
 
 
@@ -260,31 +268,9 @@ def to_run_config(config: DictConfig) -> RunConfig:
     try:
         return cast(RunConfig, OmegaConf.to_object(config))
     except (OmegaConfBaseException, AttributeError) as error:
-        raise InputError(_one_sentence(error)) from error
+        raise InputError(one_sentence(error)) from error
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise InputError(f"{name}={value} must be one of {', '.join(choices)}")
-
-
-def _one_sentence(error: Exception) -> str:
-    """Hydra and OmegaConf explain themselves in paragraphs; users get the key and what is wrong."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        options = [option for option in error.options or () if not option.endswith("_schema")]
-        return f"{group}={name} does not exist: choose one of {', '.join(options)}"
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = next(line for line in [*str(cause).splitlines(), type(error).__name__] if line.strip())
-    if (
-        found := re.match(r"Could not override '(.*)'\. No match in the defaults list", text)
-    ) is not None:
-        return f"{found[1]} does not apply to the other settings given"
-    key = getattr(cause, "full_key", None)
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and key:
-        known = [field.name for field in fields(cause.object_type)] if cause.object_type else []
-        close = get_close_matches(key.rpartition(".")[2], known, n=1)
-        advice = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
-        return f"unknown setting {key}: {advice}"
-    text = text.replace("is incompatible with type hint 'Union[int, float]'", "is not a number")
-    return f"{key}: {text}" if key else text

@@ -15,6 +15,7 @@ from apb.attention.base import AttentionBackend, LayerInputs
 from apb.cache import CacheShape, KVCacheShard
 from apb.comm import Communicator, Kind, Tag
 from apb.errors import RequestError
+from apb.methods.attended import BlockObserver
 from apb.methods.audit import Auditor
 from apb.methods.base import Attend, AttentionMethod, PrefillContext
 from apb.methods.decode import OWNER, ShardedDecode
@@ -23,6 +24,8 @@ from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan, RankRows
 from apb.prompts.base import PromptTokens
 from apb.speculate.tree import DraftTree
+from apb.trace.recorder import OFF, Trace
+from apb.trace.records import AttendedLayer
 
 
 class TargetModel(Protocol):
@@ -32,7 +35,9 @@ class TargetModel(Protocol):
     def device(self) -> torch.device: ...
     @property
     def cache_shape(self) -> CacheShape: ...
-    def forward(self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend) -> Tensor: ...
+    def forward(
+        self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend, trace: Trace = OFF
+    ) -> Tensor: ...
     def logits(self, hidden_TM: Tensor) -> Tensor: ...
 
 
@@ -47,11 +52,14 @@ class Engine:
         backend: AttentionBackend,
         comm: Communicator,
         on_layer: Callable[[int], None] = lambda layer_idx: None,
+        trace: Trace = OFF,
     ) -> None:
         """`on_layer` follows each layer's attention; it may raise RequestError, on all ranks."""
         self.model, self.comm = model, comm
         self._method, self._backend = method, backend
         self._on_layer = on_layer
+        self._trace = trace
+        self._observer: BlockObserver | None = None
         self._alone = Communicator(OWNER, 1, comm.device)
         self._gathered = False
         self._context_rows = 0
@@ -99,10 +107,12 @@ class Engine:
             backend=self._backend,
             step=step,
             auditor=auditor,
+            trace=self._trace,
         )
         attend = self._observed((method or self._method).begin(context))
         try:
-            self.model.forward(rows.token_ids, self._positions(rows.positions), attend)
+            positions_T = self._positions(rows.positions)
+            self.model.forward(rows.token_ids, positions_T, attend, self._trace)
         except RequestError:  # given up by all ranks after the same layer: nothing stays under way
             hand_off.finish()
             self.comm.verify()
@@ -114,8 +124,19 @@ class Engine:
             cached = hand_off.positions() if self._gathered else rows.positions[rows.local]
             self._cache.commit(self._positions(cached))
             self._context_rows = len(self._cache)
-            self._decode = ShardedDecode(self._cache, self.decode_comm, self._backend)
+            self._observer = self._new_observer(plan, self._cache)
+            self._decode = ShardedDecode(
+                self._cache, self.decode_comm, self._backend, self._observer
+            )
         return rows
+
+    def _new_observer(self, plan: PrefillPlan, cache: KVCacheShard) -> BlockObserver | None:
+        """Who looks at what the answer attends to, where a trace wants to know."""
+        if not self._trace.is_on:
+            return None
+        ranks = range(self.comm.world_size) if self._gathered else (self.comm.rank,)
+        blocks = [block for rank in ranks for block in plan.layout.owned_by(rank)]
+        return BlockObserver(blocks, cache, num_layers=self.model.cache_shape.num_layers)
 
     def _new_cache(self, plan: PrefillPlan, room: int) -> KVCacheShard | None:
         """Room for what this rank will hold; None where that is nothing."""
@@ -145,6 +166,8 @@ class Engine:
         self._decode.begin(step)
         hidden_TM = self.model.forward(token_ids, positions_T, self._decode.attend)
         self.decode_comm.verify()
+        if self._observer is not None:
+            self._observer.keep([len(token_ids) - 1])
         if self.is_owner:
             self._cache.commit(positions_T)
         return hidden_TM
@@ -167,6 +190,8 @@ class Engine:
 
     def keep(self, path: Sequence[int]) -> None:
         """Of the tree just read, cache the nodes of a path from the root and forget the others."""
+        if self._observer is not None:
+            self._observer.keep(path)
         if self.is_owner:
             assert self._cache is not None, "keep before read_tree"
             stop = self.next_position + len(path)
@@ -184,6 +209,10 @@ class Engine:
         """Every rank's `value`, in rank order, on every rank."""
         return self.comm.all_gather_json(value, Tag(self._next_step(), 0, Kind.REPORT))
 
+    def attended(self) -> list[AttendedLayer]:
+        """What the answer attended to on this rank, where a trace wants to know."""
+        return [] if self._observer is None else self._observer.findings()
+
     def where_not_finite(self) -> str:
         """Where the document's keys or values went wrong first, in words; on all ranks."""
         mine = None if self._cache is None else self._cache.first_not_finite(self._context_rows)
@@ -196,7 +225,7 @@ class Engine:
 
     def release(self) -> None:
         """Give the cache's memory back."""
-        self._cache = self._decode = None
+        self._cache = self._decode = self._observer = None
 
     @property
     def is_owner(self) -> bool:
@@ -215,6 +244,7 @@ class Engine:
     def _observed(self, attend: Attend) -> Attend:
         def observed(layer: LayerInputs) -> Tensor:
             out_THD = attend(layer)
+            self._trace.sample()
             self._on_layer(layer.layer_idx)
             return out_THD
 

@@ -9,7 +9,9 @@ data=PATH,...         text files, folders of them, .jsonl; each may be gzipped (
 generations=PATH,...  answers of the model itself, which predict its drafts best: .json or .jsonl
                       with lists under `token_ids`, such as output=result.json of apb.run
 field=NAME            of the records in a .jsonl of data, text or token ids (text)
-max_tokens=N          stop when so many are counted
+max_tokens=N          stop when so many are counted, of generations and of data each
+
+Where both are given, a token's shares of either are added, however much there is of each.
 """
 
 from __future__ import annotations
@@ -121,23 +123,28 @@ def build(options: Options, target: Target) -> tuple[DraftVocabulary, list[str]]
     Raises:
         InputError: nothing to count, or the size or a file does not fit.
     """
-    files = [
-        *find_records(options.generations, field=_GENERATED, setting="generations"),
-        *find_texts(options.data, field=options.field, setting="data"),
+    sources = [
+        find_records(options.generations, field=_GENERATED, setting="generations"),
+        find_texts(options.data, field=options.field, setting="data"),
     ]
     if not len(target.stop_ids) <= options.size <= target.vocab_size:
         raise InputError(
             f"size={options.size} must lie between {max(1, len(target.stop_ids))}, which holds the "
             f"stop tokens, and {target.vocab_size}, the vocabulary of {target.name}"
         )
-    counter = TokenCounter(target, max_tokens=options.max_tokens)
-    left_out = _count_files(counter, files)
-    counts_V = counter.counts_V()
+    counters = [TokenCounter(target, max_tokens=options.max_tokens) for _ in sources]
+    left_out = sum(map(_count_files, counters, sources))
+    counts = [counter.counts_V() for counter in counters]
+    counts_V = torch.stack(counts).sum(dim=0)
     if not counts_V.any():
         raise InputError("there are no tokens in the files given: give others as data=")
     vocabulary = DraftVocabulary.ranked(
         counts_V,
         options.size,
+        # Answers are few beside texts and tell more: both weigh the same.
+        weights_V=torch.stack([own_V.double() / own_V.sum().clamp(min=1) for own_V in counts]).sum(
+            dim=0
+        ),
         stop_ids=target.stop_ids,
         tokenizer_hash=vocabulary_hash(target.tokenizer),
         corpus=", ".join([*options.generations, *options.data]),

@@ -25,6 +25,8 @@ from apb.speculate.base import Verified
 from apb.speculate.speculator import Speculator
 from apb.speculate.tree import DraftTree
 from apb.speculate.verify import Walk, accept
+from apb.trace.recorder import Trace
+from apb.trace.records import Phase
 
 _FROM_OWNER = Tag(0, 0, Kind.CONTROL)
 _INSTALMENT_S = 5.0
@@ -116,7 +118,9 @@ def generate(
     """
     writer = None
     if engine.is_owner:
-        writer = _Writer(params, speculator, is_last=is_last, is_cancelled=is_cancelled)
+        writer = _Writer(
+            params, speculator, timeline.trace, is_last=is_last, is_cancelled=is_cancelled
+        )
     steps = partial(_steps, engine, query_ids, writer, timeline=timeline, max_nodes=max_nodes)
     if engine.decodes_together:
         yield from steps()
@@ -178,18 +182,21 @@ def _steps(
     timeline: Timeline,
     max_nodes: int,
 ) -> Iterator[Step]:
-    with timeline.phase("query"):
+    with timeline.phase(Phase.QUERY):
         hidden_TM = engine.extend(query_ids)
         read = writer.read_query(engine, hidden_TM) if writer else None
         outcome = _told(engine, max_nodes, read)
     yield from _emitted(outcome, engine.next_position - 1)
     while outcome.verdict is Verdict.CONTINUE:
-        with timeline.phase("decode"):
+        with timeline.phase(Phase.STEP) as scope:
             tree, position, started = outcome.tree, engine.next_position, time.perf_counter()
-            hidden_NM = engine.read_tree(tree)
+            with timeline.trace.span(Phase.PASS):
+                hidden_NM = engine.read_tree(tree)
             read = writer.read_tree(engine, tree, hidden_NM, started) if writer else None
             outcome = _told(engine, max_nodes, read)
             engine.keep(outcome.path)
+            scope.tell(nodes=len(tree), tokens=len(outcome.token_ids))
+            timeline.trace.sample()
         yield from _emitted(outcome, position)
 
 
@@ -223,11 +230,12 @@ class _Writer:
         self,
         params: SamplingParams,
         speculator: Speculator | None,
+        trace: Trace,
         *,
         is_last: Callable[[int], bool],
         is_cancelled: Callable[[], bool],
     ) -> None:
-        self._sampler, self._speculator = Sampler(params), speculator
+        self._sampler, self._speculator, self._trace = Sampler(params), speculator, trace
         self._walk = accept if speculator is None else speculator.verifier.walk
         self._left = params.max_tokens
         self._is_last, self._is_cancelled = is_last, is_cancelled
@@ -245,14 +253,16 @@ class _Writer:
     def read_tree(
         self, engine: Engine, tree: DraftTree, hidden_NM: Tensor, started: float
     ) -> Outcome:
-        logits_NV = engine.model.logits(hidden_NM)
-        walk = self._walk(tree, logits_NV, self._sampler)
-        outcome = self._judge(tree, walk)
-        if self._speculator is not None and outcome.verdict is not Verdict.NOT_FINITE:
-            states_NE = self._speculator.states()
-            verified = Verified(tree, walk.path, outcome.token_ids, logits_NV, states_NE)
-            self._speculator.observe(verified, started=started)
-        return self._with_draft(outcome)
+        with self._trace.span(Phase.CHOOSE):
+            logits_NV = engine.model.logits(hidden_NM)
+            walk = self._walk(tree, logits_NV, self._sampler)
+            outcome = self._judge(tree, walk)
+        with self._trace.span(Phase.DRAFT):
+            if self._speculator is not None and outcome.verdict is not Verdict.NOT_FINITE:
+                states_NE = self._speculator.states()
+                verified = Verified(tree, walk.path, outcome.token_ids, logits_NV, states_NE)
+                self._speculator.observe(verified, started=started)
+            return self._with_draft(outcome)
 
     def _judge(self, tree: DraftTree, walk: Walk) -> Outcome:
         """How the answer goes on; tokens behind its last one are dropped."""

@@ -68,9 +68,7 @@ class SequenceLayout:
             (index + 1) * context_len // num_blocks - index * context_len // num_blocks
             for index in range(num_blocks)
         ]
-        spread = max(num_blocks, world_size)
-        ranks = [index * world_size // spread for index in range(num_blocks)]
-        return cls.from_lengths(lengths, ranks, world_size=world_size)
+        return cls.from_lengths(lengths, _neighbours(num_blocks, world_size), world_size=world_size)
 
     @classmethod
     def zigzag(cls, context_len: int, *, num_blocks: int, world_size: int) -> SequenceLayout:
@@ -89,6 +87,11 @@ class SequenceLayout:
         ranks = [block.rank for block in self.blocks]
         return self.from_lengths(lengths, ranks, world_size=self.world_size)
 
+    def dealt_to(self, world_size: int) -> SequenceLayout:
+        """The same blocks on another number of ranks, neighbours on the same one."""
+        lengths, ranks = [*map(len, self.blocks)], _neighbours(len(self.blocks), world_size)
+        return self.from_lengths(lengths, ranks, world_size=world_size)
+
     def owned_by(self, rank: int) -> tuple[Block, ...]:
         return self._owned[rank]
 
@@ -98,6 +101,12 @@ class SequenceLayout:
     @property
     def max_block_len(self) -> int:
         return max(map(len, self.blocks))
+
+
+def _neighbours(num_blocks: int, world_size: int) -> list[int]:
+    """The rank of each block, where ranks own neighbouring blocks and about as many each."""
+    spread = max(num_blocks, world_size)
+    return [index * world_size // spread for index in range(num_blocks)]
 
 
 class LayoutPolicy(Enum):

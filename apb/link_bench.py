@@ -9,9 +9,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from apb.comm import Communicator, Kind, Tag
 from apb.errors import ApbError
 from apb.worker import join_group
 
+T = TypeVar("T")
 _RANKS = 2
 _LARGE_BYTES, _SMALL_BYTES = 2**24, 2**10
 _LARGE_REPEATS, _SMALL_REPEATS = 9, 99
@@ -39,21 +41,43 @@ def measure_link(device_type: str) -> LinkRates:
     Raises:
         ApbError: they failed or did not end.
     """
+    results = run_ranks(_RANKS, device_type, link_rates)
+    return LinkRates(
+        min(result.link_bytes for result in results), max(result.latency_s for result in results)
+    )
+
+
+def run_ranks(
+    world_size: int,
+    device_type: str,
+    program: Callable[[Communicator], T],
+    *,
+    timeout_s: float = _TIMEOUT_S,
+) -> list[T]:
+    """What `program` returns in fresh processes of this machine, in rank order.
+
+    It is importable, and so is what it returns. On the CPU each rank has one thread.
+
+    Raises:
+        ApbError: a rank failed, or was not done in time.
+    """
     context = multiprocessing.get_context("spawn")
     folder = tempfile.mkdtemp(prefix="apb-link-")
     init_method = (Path(folder) / "rendezvous").as_uri()
     ranks, connections = [], []
     try:
-        for rank in range(_RANKS):
+        for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run_rank, args=(rank, device_type, init_method, theirs), daemon=True
+                target=_run_rank,
+                args=(rank, world_size, device_type, init_method, program, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
             ranks.append(process)
             connections.append(ours)
-        return _slowest(connections)
+        return _results(connections, timeout_s)
     finally:
         for process in ranks:
             process.kill()
@@ -61,31 +85,38 @@ def measure_link(device_type: str) -> LinkRates:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _slowest(connections: list[Connection]) -> LinkRates:
-    """What the ranks report, of the one with the lower rates."""
-    results = []
-    for _ in range(_RANKS):
-        ready = wait(connections, _TIMEOUT_S)
+def _results(connections: Sequence[Connection], timeout_s: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_s
+    found: dict[int, Any] = {}
+    while len(found) < len(connections):
+        waiting = [connection for rank, connection in enumerate(connections) if rank not in found]
+        ready = wait(waiting, deadline - time.monotonic())
         if not ready:
-            raise ApbError(f"the ranks that measure the link did not end within {_TIMEOUT_S:.0f} s")
-        connection = ready[0]
-        assert isinstance(connection, Connection)
-        connections.remove(connection)
-        try:
-            results.append(LinkRates(*connection.recv()))
-        except EOFError:
-            raise ApbError("a rank that measures the link failed; see its error above") from None
-    return LinkRates(
-        min(result.link_bytes for result in results), max(result.latency_s for result in results)
-    )
+            raise ApbError(f"ranks that measure were not done within {timeout_s:.0f} s")
+        for rank, connection in enumerate(connections):
+            if connection in ready:
+                try:
+                    found[rank] = connection.recv()
+                except EOFError:
+                    raise ApbError(
+                        f"rank {rank} of a measurement failed; see its error above"
+                    ) from None
+    return [found[rank] for rank in range(len(connections))]
 
 
-def _run_rank(rank: int, device_type: str, init_method: str, connection: Connection) -> None:
+def _run_rank(
+    rank: int,
+    world_size: int,
+    device_type: str,
+    init_method: str,
+    program: Callable[[Communicator], object],
+    connection: Connection,
+) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
-    comm, leave = join_group(rank, _RANKS, device, init_method=init_method)
-    connection.send(tuple(link_rates(comm)))
+    comm, leave = join_group(rank, world_size, device, init_method=init_method)
+    connection.send(program(comm))
     leave()
 
 

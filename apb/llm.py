@@ -19,6 +19,8 @@ from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
 T = TypeVar("T")
+_LONGEST_S = 1e9
+"""Whoever can wait for 30 years needs no limit."""
 Tokens = str | Sequence[int]
 """Text, or token ids of the model's tokenizer."""
 
@@ -33,7 +35,8 @@ class LLM:
             (inside one: every rank calls and every rank gets the result) or `auto`.
         overrides: any Hydra override, such as ``"method.anchor_len=256"``.
         settings: shorthand for the common ones: `method`, `backend`, `drafter`, `dtype`, `device`,
-            `num_blocks`, `seed`, `allow_beyond_context`, `on_failure`, `request_timeout_s`.
+            `num_blocks`, `seed`, `allow_beyond_context`, `on_failure`, `on_rank_loss`,
+            `request_timeout_s`.
 
     Raises:
         InputError: a wrong setting or model, before weights are read.
@@ -165,10 +168,15 @@ class LLM:
             replies = self._session.call("divergence", **arguments, **self._limits(None))
             return Divergence(**_result(replies))
 
-    def make_needle(self, **arguments: Any) -> dict[str, str]:
+    def make_needle(
+        self, *, context_len: int, seed: int = 0, depth: float | None = None, kind: str = "single"
+    ) -> dict[str, str]:
         """A generated document around a fact, in this model's tokens (see `make_needle`)."""
         with self._request():
-            case: dict[str, str] = _result(self._session.call("needle", **arguments))
+            replies = self._session.call(
+                "needle", context_len=context_len, seed=seed, depth=depth, kind=kind
+            )
+            case: dict[str, str] = _result(replies)
             return case
 
     def shared(self, values: Iterator[T]) -> Iterator[T]:
@@ -196,9 +204,11 @@ class LLM:
 
     def _limits(self, timeout_s: float | None) -> dict[str, float]:
         timeout_s = self.config.request_timeout_s if timeout_s is None else timeout_s
-        if timeout_s is not None and not timeout_s > 0:
-            raise InputError(f"timeout_s={timeout_s} must be positive")
-        return {} if timeout_s is None else {"timeout_s": timeout_s}
+        if timeout_s is None:
+            return {}
+        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < _LONGEST_S:
+            raise InputError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
+        return {"timeout_s": timeout_s}
 
     @contextmanager
     def _request(self) -> Iterator[None]:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+from apb.trace.recorder import OFF, Scope, Trace
+from apb.trace.records import Phase
+
 
 @dataclass(slots=True)
 class Timeline:
@@ -21,15 +24,18 @@ class Timeline:
 
     device: torch.device
     started: float = field(default_factory=time.perf_counter)
+    trace: Trace = OFF
+    """Is told of the phases as well."""
     phases_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, phase: Phase) -> Iterator[Scope]:
         begin = self.elapsed_s()
         try:
-            yield
+            with self.trace.span(phase) as scope:
+                yield scope
         finally:
-            self.phases_s[name] += self.elapsed_s() - begin
+            self.phases_s[phase] += self.elapsed_s() - begin
 
     def elapsed_s(self) -> float:
         """Seconds since the request began, once the device has finished what was asked of it."""
@@ -65,6 +71,15 @@ class PeakMemory:
                     return int(line.split()[1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that are in use now: of CUDA's allocator, or the resident set (0 where nobody says)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def free_memory(device: torch.device) -> int:

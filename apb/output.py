@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import InputError
+from apb.files import written_whole
+from apb.trace.chrome import chrome_trace
+from apb.trace.page import render_page
+from apb.trace.records import RunTrace
 
 
 class Likelihood(NamedTuple):
@@ -59,6 +60,7 @@ class RequestMetrics:
     context_tokens: int
     query_tokens: int
     generated_tokens: int
+    model: str
     method: str
     num_blocks: int
     backend: str
@@ -99,16 +101,72 @@ class RequestOutput:
     finish_reason: str
     """`stop`, `length` or `cancelled`."""
     metrics: RequestMetrics
+    trace: RunTrace | None = None
+    """What every rank did and when, with ``trace=true``."""
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RequestOutput:
         metrics = dict(fields["metrics"])
         metrics["layout"] = [RankLayout(**rank) for rank in metrics["layout"]]
         metrics["audit"] = [LayerFinding(**layer) for layer in metrics["audit"]]
-        return cls(**{**fields, "metrics": RequestMetrics(**metrics)})
+        trace = fields.get("trace")
+        return cls(
+            text=fields["text"],
+            token_ids=fields["token_ids"],
+            finish_reason=fields["finish_reason"],
+            metrics=RequestMetrics(**metrics),
+            trace=None if trace is None else RunTrace.from_json(trace),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All of it; `trace` is left out where there is none."""
+        trace = {} if self.trace is None else {"trace": self.trace.to_json()}
+        return {**self._result(), **trace}
+
+    def _result(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "metrics": asdict(self.metrics),
+        }
+
+    def write(self, path: str | Path) -> list[Path]:
+        """Write the answer and its metrics as JSON, and a trace in two files beside it.
+
+        Of ``result.json`` these are ``result.trace.json`` in Chrome's Trace Event format, which
+        https://ui.perfetto.dev opens, and ``result.html``, a report that needs no network. Each
+        file is written whole or not at all.
+
+        Returns:
+            The files written.
+
+        Raises:
+            InputError: the folder does not exist or cannot be written to.
+        """
+        result = self._result()
+        path = Path(path)
+        write_json(path, result)
+        if self.trace is None:
+            return [path]
+        events, page = trace_paths(path)
+        _write_whole(events, json.dumps(chrome_trace(self.trace, result), separators=(",", ":")))
+        _write_whole(page, render_page(self.trace, result))
+        return [path, events, page]
+
+
+def trace_paths(path: Path) -> tuple[Path, Path]:
+    """Where the trace and the report of a result go.
+
+    Raises:
+        InputError: the result itself is there.
+    """
+    events, page = path.with_suffix(".trace.json"), path.with_suffix(".html")
+    if path == page:
+        raise InputError(
+            f"output={path} is where trace=true puts its report: call the result NAME.json"
+        )
+    return events, page
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -117,15 +175,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     Raises:
         InputError: the folder does not exist or cannot be written to.
     """
+    _write_whole(path, json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _write_whole(path: Path, text: str) -> None:
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(value, file, indent=2, ensure_ascii=False)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with written_whole(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"output={path} cannot be written: {error.strerror}") from error

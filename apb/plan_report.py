@@ -197,7 +197,9 @@ def _cell(value: float | str) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value < 1000 else f"{value:,.0f} s"
+    if value < 1000:
+        return f"{value:.2f} s"
+    return f"{value:,.0f} s" if value < 100_000 else f"{value / 86400:,.1f} d"
 
 
 def _tokens(count: int) -> str:

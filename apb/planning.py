@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from apb.agreement import from_owner
 from apb.calibration import known_rates
@@ -17,7 +19,7 @@ from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
 from apb.methods.placement import Placement, choose_placement
-from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
+from apb.methods.plan import PlanRequest, PrefillPlan, RankRows, Reduced
 from apb.methods.zigzag import ZigzagConfig
 from apb.metrics import free_memory
 from apb.output import LayerFinding
@@ -51,6 +53,11 @@ class Ready(NamedTuple):
         )
         return self._replace(rows=rows)
 
+    def scored_rows(self, rows: Sequence[int], *, reread: int) -> Tensor:
+        """Final hidden states of rows after the context, whose last tokens may be among them."""
+        self.engine.rewind(reread)
+        return self.engine.extend(rows)
+
 
 class Planner:
     """Plans requests by the method's rules and the owner's rates."""
@@ -63,7 +70,10 @@ class Planner:
         *,
         shape: ModelShape,
         dtype: torch.dtype,
+        reduced: Reduced | None = None,
     ) -> None:
+        """`reduced` where these ranks are what is left of more."""
+        self._reduced = reduced
         self._config, self._comm, self._method = config, comm, method
         self._shape, self._dtype = shape, dtype
         self._costs: CostModel | None = None
@@ -88,7 +98,7 @@ class Planner:
         self._method.plan(
             PlanRequest(
                 context_len=context_len,
-                world_size=self._comm.world_size,
+                world_size=self._planned_world_size,
                 num_blocks=self._config.num_blocks,
                 costs=self.agree_on_costs(),
             )
@@ -96,13 +106,13 @@ class Planner:
 
     def plan(self, prompt: PromptTokens) -> PrefillPlan:
         """Raises InputError where the settings do not fit; `agree_on_costs` has run."""
-        return self._method.plan(self._request(prompt, num_blocks=self._config.num_blocks))
+        return self._planned(self._method, prompt, num_blocks=self._config.num_blocks)
 
     def exact(self, prompt: PromptTokens) -> tuple[AttentionMethod, PrefillPlan]:
         """An exact method that runs any prompt on any number of ranks, and its plan."""
         config = ZigzagConfig()
         method = config.build(seed=0)
-        plan = method.plan(self._request(prompt, num_blocks=None))
+        plan = self._planned(method, prompt, num_blocks=None)
         return method, replace(plan, method=plugin_name("method", config))
 
     def exact_instead(
@@ -142,11 +152,22 @@ class Planner:
         sample = self._config.audit.sample()
         return Auditor(sample, plan, self._comm, self._shape, seed=self._config.seed)
 
-    def _request(self, prompt: PromptTokens, *, num_blocks: int | None) -> PlanRequest:
+    def _planned(
+        self, method: AttentionMethod, prompt: PromptTokens, *, num_blocks: int | None
+    ) -> PrefillPlan:
         assert self._costs is not None, "plan before the ranks agree on costs"
-        return PlanRequest.of(
-            prompt, world_size=self._comm.world_size, num_blocks=num_blocks, costs=self._costs
+        request = PlanRequest.of(
+            prompt,
+            world_size=self._planned_world_size,
+            num_blocks=num_blocks,
+            costs=self._costs,
         )
+        plan = method.plan(request)
+        return self._reduced.dealt(plan, self._comm.world_size) if self._reduced else plan
+
+    @property
+    def _planned_world_size(self) -> int:
+        return self._reduced.world_size if self._reduced else self._comm.world_size
 
     def propose_placement(self, plan: PrefillPlan, *, room: int, weights_loaded: bool) -> Placement:
         """Where the owner wants KV; the other ranks, whose memory does not matter, want anything.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from apb.errors import ApbError
 
 _INK = "#7d7d7d"
 _COLOURS = ("#1f8fd6", "#e07b00", "#2ca05a", "#c44e9c", "#a08400", "#6a6ae0", "#d04a3a")
+_LINE = 84
+"""Characters below an axis, in all."""
 _NUDGE = 1.02
 """Neighbouring series are drawn so much apart, so that their intervals do not hide each other."""
 
@@ -74,6 +77,50 @@ def plot_intervals(
             )
         axes.set(xscale="log", ylim=y_range)
         _mark(axes, (point.x for points in series.values() for point in points))
+    return path
+
+
+def plot_bars(
+    path: Path,
+    groups: Mapping[str, Mapping[str, Interval | float]],
+    *,
+    title: str,
+    y_label: str,
+    stacked: bool = False,
+) -> Path:
+    """Write an SVG with a group of bars per name, or one bar in pieces; x of intervals is ignored.
+
+    Raises:
+        ApbError: matplotlib is not installed.
+    """
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    wide = 0.8 if stacked else 0.8 / len(names)
+    with _drawn(path, title=title, ylabel=y_label) as axes:
+        tops = dict.fromkeys(groups, 0.0)
+        for place, name in enumerate(names):
+            shift = 0.0 if stacked else wide * (place - (len(names) - 1) / 2)
+            for index, (group, values) in enumerate(groups.items()):
+                if name not in values:
+                    continue
+                bar = values[name]
+                y = bar.y if isinstance(bar, Interval) else bar
+                error = [[y - bar.low], [bar.high - y]] if isinstance(bar, Interval) else None
+                axes.bar(
+                    index + shift,
+                    y,
+                    wide,
+                    bottom=tops[group] if stacked else 0.0,
+                    yerr=error,
+                    ecolor=_INK,
+                    capsize=2,
+                    color=_COLOURS[place % len(_COLOURS)],
+                    label=name if name not in axes.get_legend_handles_labels()[1] else None,
+                )
+                tops[group] += y
+        room = max(9, _LINE // len(groups))
+        names = [textwrap.fill(name, room, break_long_words=False) for name in groups]
+        axes.set_xticks(range(len(groups)), names)
+        axes.margins(y=0.12)
     return path
 
 

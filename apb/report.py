@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from apb.comm import Communicator
+from apb.clock import align, read_clocks
+from apb.comm import Communicator, Kind, Tag
 from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan
-from apb.metrics import PeakMemory, Timeline
+from apb.metrics import PeakMemory, Timeline, used_memory
 from apb.output import LayerFinding, RankLayout, RequestMetrics
 from apb.prompts.base import PromptTokens
 from apb.speculate.speculator import SpeculationStats, Speculator
+from apb.trace.recorder import OFF, Recorder, Trace
+from apb.trace.records import AttendedLayer, RankTrace, RunTrace
+
+
+def new_trace(comm: Communicator, *, enabled: bool) -> Trace:
+    """What a rank's phases and messages are told to."""
+    if not enabled:
+        return OFF
+    return Recorder(comm.device, lambda: (used_memory(comm.device), comm.bytes_received))
 
 
 class RequestMeter:
     """Times, bytes and memory from its creation on."""
 
-    def __init__(self, comm: Communicator, *, prepared_s: float) -> None:
+    def __init__(self, comm: Communicator, *, prepared_s: float, trace: Trace = OFF) -> None:
         """`prepared_s` seconds of the request have passed already; loading is not among them."""
-        self._comm = comm
+        self._comm, self._trace = comm, trace
+        self._clocks = read_clocks(comm) if trace.is_on else []
         self._memory = PeakMemory(comm.device)
         self._memory.reset()
         self._bytes_before = comm.bytes_received
-        self.timeline = Timeline(comm.device, started=time.perf_counter() - prepared_s)
+        started = time.perf_counter() - prepared_s
+        self.timeline = Timeline(comm.device, started=started, trace=trace)
         self.ttft_s = 0.0
 
     def first_token(self) -> None:
@@ -48,12 +62,40 @@ class RequestMeter:
             "draft_s": stats.draft_s,
         }
 
+    def run_trace(self, attended: list[AttendedLayer], tokens: list[str]) -> RunTrace | None:
+        """What all ranks have recorded, on one clock; None where no trace is on. On all ranks.
+
+        `attended` is this rank's, `tokens` are the answer's.
+        """
+        if not self._trace.is_on:
+            return None
+        begin_ns, spans, messages, samples = self._trace.records()
+        mine = RankTrace(
+            socket.gethostname(),
+            os.getpid(),
+            device_name(self._comm.device),
+            0,
+            begin_ns,
+            spans,
+            messages,
+            samples,
+            attended,
+        )
+        alignments = align(self._clocks, read_clocks(self._comm))
+        gathered = self._comm.all_gather_json(mine, Tag(0, 0, Kind.REPORT))
+        ranks = [
+            RankTrace.from_json(part).retimed(to.owner_time)._replace(clock_error_ns=to.error_ns)
+            for part, to in zip(gathered, alignments, strict=True)
+        ]
+        return RunTrace.of(ranks, tokens)
+
     def metrics(
         self,
         prompt: PromptTokens,
         plan: PrefillPlan,
         ranks: Sequence[Mapping[str, float]],
         *,
+        model: str,
         method: str,
         backend: str,
         drafter: str,
@@ -68,6 +110,7 @@ class RequestMeter:
             context_tokens=plan.layout.context_len,
             query_tokens=len(prompt.query_ids),
             generated_tokens=generated,
+            model=model,
             method=plan.method or method,
             backend=backend,
             drafter=drafter,

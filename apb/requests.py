@@ -12,6 +12,7 @@ from apb.hf.tokenizer import load_tokenizer
 from apb.prompts.answer import AnswerText
 from apb.prompts.base import PromptTokens
 from apb.prompts.encode import checked_ids, control_tokens, encode_plain, start_ids
+from apb.prompts.needle import make_needle
 from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
 
@@ -96,6 +97,16 @@ class RequestReader:
         reread = 1 if len(document_ids) == 1 else 0
         prompt = PromptTokens((), tuple(document_ids[:-1] or document_ids), tuple(steer))
         return Continuation(prompt, [document_ids[-1], *targets[:-1]], targets, reread)
+
+    def needle(self, *, context_len: int, **arguments: Any) -> dict[str, str]:
+        """A document around a fact, which the model can read, with question and answer."""
+        if context_len > self._max_positions and not self._config.allow_beyond_context:
+            raise InputError(
+                f"context_len={context_len} exceeds the {self._max_positions} tokens that the "
+                "model reads: lower prompt.context_len or set allow_beyond_context=true"
+            )
+        case = make_needle(self.count_tokens, context_len=context_len, **arguments)
+        return {"document": case.document, "question": case.question, "answer": case.answer}
 
     def count_tokens(self, text: str) -> int:
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -19,10 +20,10 @@ from apb.drain import EXIT_CODE, Terminated, draining
 from apb.errors import ApbError, EngineDeadError, InputError
 from apb.llm import LLM
 from apb.log import configure_logging, log_to_file
-from apb.output import RequestOutput, write_json
+from apb.output import RequestOutput, trace_paths
 from apb.paths import config_dir
 from apb.prompts.needle import NeedleCase, is_correct
-from apb.prompts.source import PromptText
+from apb.prompts.source import FileConfig, PromptText
 from apb.table import timing_table
 
 _LOG = logging.getLogger("apb")
@@ -91,18 +92,28 @@ def _answer() -> None:
         log_to_file(folder / "run.log")
     config = compose_config(overrides)
     output_path = _output_path(config, folder) if is_first else folder
-    # There is no second request that other ranks could answer.
-    llm = LLM.from_overrides([*overrides, "on_failure=stop"])
+    if config.on_rank_loss == "fail":  # there is no second request that other ranks could answer
+        overrides.append("on_failure=stop")
+    llm = LLM.from_overrides(overrides)
     with closing(llm):
-        prompt = config.prompt.load(llm.make_needle, seed=config.seed)
+        prompt = _prompt(llm, config, is_first=is_first)
         params = config.decode.sampling_params(seed=config.seed)
         llm.start()
         with draining(config.supervision.drain_s):
             output = llm.ask(prompt.document, prompt.question, params)
     if is_first:
         _show(prompt, output)
-        write_json(output_path, output.to_json())
-        _LOG.info("result in %s", output_path)
+        for path in output.write(output_path):
+            _LOG.info("result in %s", path)
+
+
+def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
+    """The prompt; a document is read by rank 0, before it meets the others, and by no other."""
+    load = partial(config.prompt.load, llm.make_needle, seed=config.seed)
+    if not isinstance(config.prompt, FileConfig):
+        return load()
+    here = iter([load()] if is_first else ())
+    return PromptText(*next(llm.shared(here)))
 
 
 def _output_path(config: RunConfig, folder: Path) -> Path:
@@ -111,6 +122,8 @@ def _output_path(config: RunConfig, folder: Path) -> Path:
     path = Path(config.output).absolute()
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output={config.output} is no file in an existing folder")
+    if config.trace:
+        trace_paths(path)
     return path
 
 

@@ -28,14 +28,15 @@ from apb.interrupt import Interrupt
 from apb.methods.audit import Auditor
 from apb.methods.base import AttentionMethod
 from apb.methods.decode import OWNER
+from apb.methods.plan import Reduced
 from apb.output import RequestOutput
 from apb.planning import Planner, Ready
 from apb.progress import Progress
-from apb.prompts.needle import make_needle
-from apb.report import RequestMeter
+from apb.report import RequestMeter, new_trace
 from apb.requests import Continuation, Question, RequestReader
 from apb.scoring import divergence, likelihood
 from apb.speculate.speculator import Speculator
+from apb.trace.records import Phase
 
 Reply = dict[str, Any]
 R = TypeVar("R", Question, Continuation)
@@ -45,7 +46,13 @@ _Parts = tuple[AttentionMethod, AttentionBackend]
 class RequestRunner:
     """Answers requests on one rank. The first request that passes its checks loads the weights."""
 
-    def __init__(self, config: RunConfig, comm: Communicator, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        comm: Communicator,
+        pulse: Pulse | None = None,
+        reduced: Reduced | None = None,
+    ) -> None:
         """Read configuration and tokenizer. `pulse` is told what the rank is busy with.
 
         Raises:
@@ -55,10 +62,12 @@ class RequestRunner:
         self._interrupt = Interrupt(comm)
         self._hf_config = load_config(config.model)
         self._shape = model_shape(self._hf_config)
-        max_positions: int = self._hf_config.max_position_embeddings
-        self._reader = RequestReader(config, max_positions=max_positions)
+        self._reader = RequestReader(config, max_positions=self._hf_config.max_position_embeddings)
         self._eos_ids = stop_ids(config.model, self._hf_config, self._reader.tokenizer)
         self._dtype = choose_dtype(config.dtype, comm.device)
+        self._planner_of = partial(
+            Planner, comm=comm, shape=self._shape, dtype=self._dtype, reduced=reduced
+        )
         self._progress = Progress(enabled=config.progress and comm.rank == OWNER)
         self._model: CausalLM | None = None
         self._speculator: Speculator | None = None
@@ -68,17 +77,15 @@ class RequestRunner:
         device, dtype = self._comm.device, self._dtype
         method = config.method.build(seed=config.seed)
         method.attach(compressor_target(config.model, self._hf_config, device=device, dtype=dtype))
-        target = AttentionTarget(device, dtype, self._shape.head_dim)
-        return method, config.backend.build(target)
+        return method, config.backend.build(AttentionTarget(device, dtype, self._shape.head_dim))
 
     def _configure(self, config: RunConfig, parts: _Parts) -> None:
         """Take settings under which loaded weights stay as they are."""
         if self._model is not None and config.drafter != self._config.drafter:
             self._speculator = None
         self._config, (self._method, self._backend) = config, parts
-        self._planner = Planner(
-            config, self._comm, self._method, shape=self._shape, dtype=self._dtype
-        )
+        self._trace = self._comm.trace = new_trace(self._comm, enabled=config.trace)
+        self._planner = self._planner_of(config, method=self._method)
         self._engine: Engine | None = None
 
     def handle(
@@ -94,6 +101,7 @@ class RequestRunner:
         timeout_s = arguments.pop("timeout_s", None)
         self._interrupt = Interrupt(self._comm, is_cancelled=is_cancelled, timeout_s=timeout_s)
         self._pulse.take_request()
+        self._trace.begin()
         try:
             self._pulse.enter(Stage.LOAD)
             yield from self._replies(op, arguments)
@@ -108,9 +116,7 @@ class RequestRunner:
             together(self._comm, op, self._check_and_load)
             yield {"result": None}
         elif op == "needle":
-            case = make_needle(self._reader.count_tokens, **arguments)
-            fields = {"document": case.document, "question": case.question, "answer": case.answer}
-            yield {"result": fields}
+            yield {"result": self._reader.needle(**arguments)}
         elif op == "configure":
             config = recompose_config(self._config, arguments["overrides"])
             self._configure(config, together(self._comm, arguments, partial(self._parts, config)))
@@ -146,11 +152,11 @@ class RequestRunner:
             backend=self._backend,
             comm=self._comm,
             on_layer=self._after_layer,
+            trace=self._trace,
         )
         if self.is_owner and self._speculator is None:
             drafting = self._config.model.drafting_folder
-            tokenizer = self._reader.tokenizer
-            target = HfTarget(model, tokenizer, self._eos_ids, drafting, named_model)
+            target = HfTarget(model, self._reader.tokenizer, self._eos_ids, drafting, named_model)
             self._speculator = Speculator(self._config.drafter, target)
         return self._engine
 
@@ -165,13 +171,15 @@ class RequestRunner:
 
         def prepare() -> tuple[R, Ready]:
             begin = time.perf_counter()
-            request = read()
-            plan = self._planner.plan(request.prompt)
-            placement = self._planner.propose_placement(
-                plan, room=request.room, weights_loaded=self._model is not None
-            )
+            with self._trace.span(Phase.PLAN):
+                request = read()
+                plan = self._planner.plan(request.prompt)
+                placement = self._planner.propose_placement(
+                    plan, room=request.room, weights_loaded=self._model is not None
+                )
             prepared_s = time.perf_counter() - begin
-            return request, Ready(self._load(), plan, placement, prepared_s, [])
+            with self._trace.span(Phase.LOAD):
+                return request, Ready(self._load(), plan, placement, prepared_s, [])
 
         request, ready = together(self._comm, arguments, prepare)
         placement = self._planner.agree_on_placement(ready.placement)
@@ -180,13 +188,13 @@ class RequestRunner:
     def _ask(self, arguments: dict[str, Any]) -> Generator[Reply, None, None]:
         read = partial(self._reader.question, **arguments)
         request, ready = self._prepare(arguments, read)
-        meter = RequestMeter(self._comm, prepared_s=ready.prepared_s)
+        meter = RequestMeter(self._comm, prepared_s=ready.prepared_s, trace=self._trace)
         if self._speculator is not None:
             prompt_ids = [*request.prompt.context_ids, *request.prompt.query_ids]
             self._speculator.begin(prompt_ids, request.sampling)
         try:
             self._progress.begin("reading, layers", self._hf_config.num_hidden_layers)
-            with meter.timeline.phase("prefill"):
+            with meter.timeline.phase(Phase.PREFILL):
                 ready = self._read(request, ready)
             if self._speculator is not None and ready.rows is not None:
                 self._speculator.read(ready.rows.positions, ready.rows.local)
@@ -258,6 +266,7 @@ class RequestRunner:
             request.prompt,
             ready.plan,
             ready.engine.report(meter.local(self._speculator)),
+            model=self._config.model.name,
             method=plugin_name("method", self._config.method),
             backend=self._backend.name,
             drafter=plugin_name("drafter", self._config.drafter),
@@ -271,23 +280,21 @@ class RequestRunner:
             token_ids=[step.token_id for step in steps],
             finish_reason=finish_reason,
             metrics=metrics,
+            trace=meter.run_trace(ready.engine.attended(), answer.token_texts()),
         )
 
     def _score(self, op: str, arguments: dict[str, Any]) -> dict[str, list[float]]:
         read = partial(self._reader.continuation, **arguments)
         request, ready = self._prepare([op, arguments], read)
-        engine = ready.engine
+        rows_of = partial(Ready.scored_rows, rows=request.rows, reread=request.reread)
         try:
             ready = self._read(request, ready)
             self._pulse.enter(Stage.DECODE, expected_s=self._planner.prefill_s(ready.plan))
-            engine.rewind(request.reread)
-            own_TM = engine.extend(request.rows).clone()
+            own_TM = rows_of(ready).clone()
             if op == "likelihood":
-                return likelihood(engine, own_TM, request.targets)._asdict()
+                return likelihood(ready.engine, own_TM, request.targets)._asdict()
             method, plan = self._planner.exact(request.prompt)
-            self._prefill(request, ready._replace(plan=plan, method=method))
-            engine.rewind(request.reread)
-            exact_TM = engine.extend(request.rows)
-            return divergence(engine, own_TM, exact_TM, request.targets)._asdict()
+            ready = self._prefill(request, ready._replace(plan=plan, method=method))
+            return divergence(ready.engine, own_TM, rows_of(ready), request.targets)._asdict()
         finally:
-            engine.release()
+            ready.engine.release()

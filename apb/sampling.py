@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +40,7 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._take_plain_values()
         if self.max_tokens < 1:
             raise InputError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0.0 <= self.temperature < float("inf"):
@@ -53,6 +55,42 @@ class SamplingParams:
             raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         if "" in self.stop:
             raise InputError("stop contains an empty string, which would end every answer at once")
+
+    def _take_plain_values(self) -> None:
+        """What ranks can be sent: numbers of Python, tuples of them and of strings.
+
+        Raises:
+            InputError: a field is something else.
+        """
+        plain: dict[str, Callable[[Any], object]] = {
+            "max_tokens": operator.index,
+            "temperature": _real,
+            "top_p": _real,
+            "top_k": operator.index,
+            "seed": lambda seed: None if seed is None else operator.index(seed),
+            "stop": _texts,
+            "stop_token_ids": lambda ids: tuple(map(operator.index, ids or ())),
+            "ignore_eos": bool,
+        }
+        for name, of in plain.items():
+            try:
+                object.__setattr__(self, name, of(getattr(self, name)))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"{name} has a value of a wrong type: {error}") from error
+
+
+def _real(value: object) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"'{type(value).__name__}' object is no number")
+    return float(value)
+
+
+def _texts(value: Iterable[object] | None) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value or ())
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"'{type(text).__name__}' object is no string")
+    return cast(tuple[str, ...], texts)
 
 
 class Sampler:
@@ -103,15 +141,44 @@ def new_generator(seed: int | None, *, stream: str = "") -> torch.Generator:
     return generator
 
 
+_FIRST_LOOK = 64
+"""Tokens among which top-p's are looked for first; few distributions need more."""
+
+
 def filtered_probs(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """The distribution sampled from: temperature, then top-k, then top-p, renormalised.
 
-    Top-p keeps the smallest set of most likely tokens whose mass reaches `top_p`, at least one.
+    Top-p keeps the smallest set of most likely tokens whose mass reaches `top_p`, at least one. Of
+    equally likely tokens those of lower ids come first. Only as much of the vocabulary is sorted as
+    can be kept: all of it, for each node of a tree, took longer than the rest of a verification.
     """
-    sorted_V, order_V = (logits_V / params.temperature).sort(descending=True, stable=True)
+    probs_V = (logits_V / params.temperature).softmax(dim=-1)
     if params.top_k:
-        sorted_V[params.top_k :] = float("-inf")
-    probs_V = sorted_V.softmax(dim=-1)
-    before_V = probs_V.cumsum(dim=-1) - probs_V
-    probs_V = probs_V.masked_fill(before_V >= params.top_p, 0.0)
-    return probs_V.new_zeros(probs_V.shape).scatter_(0, order_V, probs_V / probs_V.sum())
+        ids_C = _likeliest(probs_V, min(params.top_k, len(probs_V)))
+        kept_C = probs_V[ids_C] / probs_V[ids_C].sum()
+    elif params.top_p < 1.0:
+        ids_C = _with_mass(probs_V, params.top_p)
+        kept_C = probs_V[ids_C]
+    else:
+        return probs_V
+    if params.top_p < 1.0:
+        before_C = kept_C.cumsum(dim=-1) - kept_C
+        kept_C = kept_C.masked_fill(before_C >= params.top_p, 0.0)
+    return torch.zeros_like(probs_V).index_copy_(0, ids_C, kept_C / kept_C.sum())
+
+
+def _with_mass(probs_V: Tensor, mass: float) -> Tensor:
+    """Ids of so many likeliest tokens, in order, that their probabilities reach `mass`, or all."""
+    count = _FIRST_LOOK
+    while True:
+        ids_C = _likeliest(probs_V, min(count, len(probs_V)))
+        if len(ids_C) == len(probs_V) or float(probs_V[ids_C].sum()) > mass:
+            return ids_C
+        count *= 8
+
+
+def _likeliest(probs_V: Tensor, count: int) -> Tensor:
+    """Ids of the likeliest tokens, in order."""
+    least = probs_V.topk(count).values[-1]
+    ids_C = (probs_V >= least).nonzero().flatten()
+    return ids_C[probs_V[ids_C].sort(descending=True, stable=True).indices[:count]]

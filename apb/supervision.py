@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -75,10 +75,20 @@ class Stall(NamedTuple):
     beat: Beat
     seconds: float
     limit: str
+    is_silent: bool = False
+    """Whether nothing was heard of the rank in all that time."""
 
-    def failure(self, host: str, stack: str = "") -> RankFailure:
-        reason = f"made no progress for {self.seconds:.1f} s, more than {self.limit} allows"
-        return RankFailure(self.rank, host, self.beat.place, reason, stack=stack)
+    def failure(self, host: str) -> RankFailure:
+        place, did = self.beat.place, "made no progress"
+        if self.is_silent:
+            place, did = last_heard_in(self.beat), "has not been heard of"
+        reason = f"{did} for {self.seconds:.1f} s, more than {self.limit} allows"
+        return RankFailure(self.rank, host, place, reason)
+
+
+def last_heard_in(beat: Beat) -> str:
+    """The place of a rank that others know by an earlier heartbeat only."""
+    return f"last heard of in {beat.place}"
 
 
 LOOK_S = 5.0
@@ -95,9 +105,17 @@ class Watcher:
         self._config = config
         self._seen: list[Beat] = []
         self._since: list[float] = []
+        self._heard_at: list[float] = []
         self._looked_at = 0.0
 
-    def observe(self, beats: Sequence[Beat], now: float, *, request: int = 0) -> Stall | None:
+    def observe(
+        self,
+        beats: Sequence[Beat],
+        now: float,
+        *,
+        request: int = 0,
+        unheard: Container[int] = (),
+    ) -> Stall | None:
         """The stall that these heartbeats reveal, if there is one.
 
         A rank that works is measured by its own progress. Ranks that wait are not, unless all do.
@@ -106,16 +124,22 @@ class Watcher:
             beats: of all ranks, in rank order.
             now: seconds on any clock that does not jump.
             request: the number of the request that ranks should have taken by now.
+            unheard: ranks whose heartbeat is an earlier one, as they have not answered since.
         """
         if now - self._looked_at > LOOK_S:
             self.forget()
         self._looked_at = now
         if not self._seen:
-            self._seen, self._since = [Beat()] * len(beats), [now] * len(beats)
+            self._seen = [Beat()] * len(beats)
+            self._since, self._heard_at = [now] * len(beats), [now] * len(beats)
         for rank, beat in enumerate(beats):
+            if rank not in unheard:
+                self._heard_at[rank] = now
             if beat != self._seen[rank]:
                 self._seen[rank], self._since[rank] = beat, now
         active = [rank for rank, beat in enumerate(beats) if _is_active(beat, request)]
+        if active and (silent := self._silent(now)) is not None:
+            return silent
         working = [rank for rank in active if not beats[rank].waiting]
         late = [rank for rank in working if self._is_late(rank, now)]
         if late:
@@ -130,12 +154,36 @@ class Watcher:
         """Begin anew: nobody looked for a while, so that what is seen next counts from then."""
         self._seen = []
 
+    def silence_s(self, rank: int, now: float) -> float:
+        """For how long nothing was heard of a rank, at the time of the last look."""
+        return now - self._heard_at[rank]
+
+    def _silent(self, now: float) -> Stall | None:
+        """The rank that nothing was heard of for longest, if that is too long."""
+
+        def setting(rank: int) -> str:
+            # Who is still importing libraries cannot answer.
+            return "start_s" if self._seen[rank].stage is Stage.START else "heartbeat_s"
+
+        silent = [
+            rank
+            for rank, beat in enumerate(self._seen)
+            if beat.stage is not Stage.LEFT
+            and self.silence_s(rank, now) > getattr(self._config, setting(rank))
+        ]
+        if not silent:
+            return None
+        rank = max(silent, key=lambda rank: self.silence_s(rank, now))
+        limit = f"supervision.{setting(rank)}={getattr(self._config, setting(rank)):g}"
+        return Stall(rank, self._seen[rank], self.silence_s(rank, now), limit, is_silent=True)
+
     def _is_late(self, rank: int, now: float) -> bool:
         return now - self._since[rank] > self._config.budget(self._seen[rank])[1]
 
     def _stall(self, rank: int, now: float) -> Stall:
-        beat = self._seen[rank]
-        return Stall(rank, beat, now - self._since[rank], self._config.budget(beat)[0])
+        beat, since = self._seen[rank], self._since[rank]
+        is_silent = self._heard_at[rank] <= since
+        return Stall(rank, beat, now - since, self._config.budget(beat)[0], is_silent)
 
     def _odd_one_out(self, waiting: Sequence[int], now: float) -> Stall:
         """All wait: a single rank that is elsewhere than the rest has skipped or missed a message.

@@ -11,10 +11,10 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -25,11 +25,12 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from apb.comm import Communicator
 from apb.config import compose_config
-from apb.errors import ApbError, EngineDeadError, InputError, RequestError
+from apb.errors import InputError, RequestError
 from apb.faults import FaultInjector, FaultyCommunicator, planned_faults
 from apb.heartbeat import Beat, Board, Pulse, Stage
 from apb.log import configure_logging
 from apb.methods.decode import OWNER
+from apb.methods.plan import Reduced
 from apb.runner import RequestRunner
 from apb.supervision import Report
 
@@ -134,7 +135,7 @@ def main() -> int:
     connection = Connection(int(os.environ["APB_CONNECTION"]))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        hello = _receive(connection)
+        hello = receive(connection)
     except (EOFError, OSError):
         return 1  # the driver is gone, and with it whoever could be told
     folder = Path(hello["folder"])
@@ -142,29 +143,19 @@ def main() -> int:
     threading.Thread(target=_follow_driver, args=(folder, board), daemon=True).start()
     stacks = (folder / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
-    slot = board.slot(rank)
     try:
-        init_method = (folder / "rendezvous").as_uri()
-        _serve(
+        return serve(
             connection,
             hello,
             rank,
             world_size,
-            init_method=init_method,
-            local_rank=rank,
-            slot=slot,
+            init_method=(folder / "rendezvous").as_uri(),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            slot=board.slot(rank),
+            host=socket.gethostname(),
         )
     except (EOFError, BrokenPipeError):
         _end_all(folder, board)
-    except InputError as error:
-        _send(connection, {"error": str(error), "kind": InputError.__name__})
-        return error.exit_code
-    except Exception as error:
-        host, place = socket.gethostname(), Beat.read(slot).place
-        report = Report.of(error, rank=rank, host=host, place=place, at_s=time.monotonic())
-        _send(connection, {"report": report})
-        return 1
-    return 0
 
 
 def _follow_driver(folder: Path, board: Board) -> None:
@@ -186,60 +177,53 @@ def _end_all(folder: Path, board: Board) -> NoReturn:
 
 
 def serve(
-    connection: Channel, rank: int, world_size: int, *, local_rank: int, store: Store | None
-) -> int:
-    """Answer requests until the driver says `exit`; returns the exit code, errors are sent.
-
-    For drivers that watch ranks by other means than `main`'s.
-    """
-    try:
-        _serve(
-            connection, _receive(connection), rank, world_size, local_rank=local_rank, store=store
-        )
-    except (EOFError, BrokenPipeError):
-        return 1  # the driver is gone, and with it whoever could be told
-    except ApbError as error:
-        _send(connection, {"error": str(error), "kind": type(error).__name__})
-        return error.exit_code
-    except Exception as error:
-        traceback.print_exc()
-        cause = f"rank {rank} failed: {type(error).__name__}: {error}"
-        _send(connection, {"error": cause, "kind": EngineDeadError.__name__})
-        return 1
-    return 0
-
-
-def _serve(
     connection: Channel,
     hello: dict[str, Any],
     rank: int,
     world_size: int,
     *,
     init_method: str = "env://",
-    local_rank: int,
-    slot: memoryview | None = None,
     store: Store | None = None,
-) -> None:
+    local_rank: int,
+    slot: memoryview,
+    host: str,
+) -> int:
+    """Answer requests until the driver says `exit`; returns the exit code, errors are sent.
+
+    Args:
+        hello: the driver's first message.
+        slot: where others read this rank's progress.
+        host: what this machine is called.
+
+    Raises:
+        EOFError, BrokenPipeError: the driver is gone.
+    """
     configure_logging(rank, world_size)
-    config = compose_config(hello["overrides"])
-    pulse, injector = begin_pulse(rank, restarts=hello.get("restarts", 0), slot=slot)
-    device = choose_device(config.device, local_rank)
-    comm, leave = join_group(
-        rank,
-        world_size,
-        device,
-        init_method=init_method,
-        store=store,
-        pulse=pulse,
-        injector=injector,
-    )
-    runner = RequestRunner(config, comm, pulse)
-    pulse.enter(Stage.IDLE)
-    if rank == OWNER:
-        _send(connection, {"result": None})
-    while (request := _receive(connection))["op"] != "exit":
-        _handle(runner, request, connection)
-    leave()
+    try:
+        config = compose_config(hello["overrides"])
+        pulse, injector = begin_pulse(rank, restarts=hello["restarts"], slot=slot)
+        device = choose_device(config.device, local_rank)
+        join = partial(join_group, rank, world_size, device, pulse=pulse, injector=injector)
+        comm, leave = join(init_method=init_method, store=store)
+        reduced = Reduced(*hello["reduced"]) if hello["reduced"] else None
+        runner = RequestRunner(config, comm, pulse, reduced)
+        pulse.enter(Stage.IDLE)
+        if rank == OWNER:
+            _send(connection, {"result": None})
+        while (request := receive(connection))["op"] != "exit":
+            _handle(runner, request, connection)
+        leave()
+    except (EOFError, BrokenPipeError):
+        raise
+    except InputError as error:
+        _send(connection, {"error": str(error), "kind": InputError.__name__})
+        return error.exit_code
+    except Exception as error:
+        place = Beat.read(slot).place
+        report = Report.of(error, rank=rank, host=host, place=place, at_s=time.time())
+        _send(connection, {"report": report})
+        return 1
+    return 0
 
 
 def _handle(runner: RequestRunner, request: dict[str, Any], connection: Channel) -> None:
@@ -260,14 +244,15 @@ def _cancelled(connection: Channel) -> bool:
     """Whether the driver has written anything: during a request that can only be `cancel`."""
     if not connection.poll():
         return False
-    return bool(_receive(connection)["op"] == "cancel")
+    return bool(receive(connection)["op"] == "cancel")
 
 
 def _send(connection: Channel, message: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def _receive(connection: Channel) -> dict[str, Any]:
+def receive(connection: Channel) -> dict[str, Any]:
+    """The driver's next message."""
     message: dict[str, Any] = json.loads(connection.recv_bytes())
     return message
 

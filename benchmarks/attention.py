@@ -25,7 +25,7 @@ from benchmarks.attention_cases import (
     plain_cases,
     prefill_cases,
 )
-from benchmarks.attention_report import compile_table, render
+from benchmarks.attention_report import chart, compile_table, render
 from benchmarks.attention_runs import Stopwatch, run_decode, run_plain, run_prefill
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.report import print_report, write_report
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> Path:
         "times": [asdict(time) for time in times],
     }
     lines = render(times, checked, compiled, environment, scene)
-    return write_report(args.out, "attention", scene.heads.name, lines, data)
+    return write_report(args.out, "attention", scene.heads.name, lines, data, chart(times))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,10 @@ from importlib.util import find_spec
 
 import torch
 
+from apb.plot import Interval
 from benchmarks.attention_cases import Scene
 from benchmarks.attention_runs import Time
+from benchmarks.chart import Bars, Chart
 from benchmarks.environment import ROOT, Environment
 from benchmarks.report import Spread, table
 
@@ -86,6 +88,16 @@ def _no_gpu() -> list[str]:
 def _best_plain(times: Sequence[Time]) -> float:
     """FLOP/s."""
     return max(t.flops / Spread.of(t.seconds).median for t in times if t.kind == "plain")
+
+
+def chart(times: Sequence[Time]) -> Chart:
+    """FLOP/s of plain attention and of prefill blocks."""
+    groups: dict[str, dict[str, Interval | float]] = {}
+    for time in times:
+        if time.kind in ("plain", "prefill"):
+            rates = Spread.of([time.flops / seconds / 1e12 for seconds in time.seconds])
+            groups.setdefault(f"{time.kind} {time.case}", {})[time.name] = rates.interval()
+    return Bars(title="Attention over segments", y_label="TFLOP/s", groups=groups)
 
 
 def _flop_table(times: Sequence[Time], *, best: float) -> list[str]:

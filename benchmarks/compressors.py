@@ -24,6 +24,7 @@ from apb.layout import Block
 from apb.methods.plan import PrefillPlan
 from apb.plugins import PLUGINS
 from apb.worker import choose_device
+from benchmarks.chart import Bars
 from benchmarks.critical_path_probe import Clock
 from benchmarks.critical_path_runs import Bench, Case, median_run
 from benchmarks.critical_path_variants import SHAPES, Scene, Variant
@@ -85,7 +86,13 @@ def run(args: argparse.Namespace) -> Path:
         "passing_len": case.plan.passing_lens[block.index],
         "costs": [asdict(cost) for cost in costs],
     }
-    return write_report(args.out, "compressors", args.model, lines, data)
+    shares = {
+        cost.name: {"score and select": Spread.of(cost.select_s).interval(100 / layer_s)}
+        for cost in costs
+        if not cost.reason
+    }
+    chart = Bars(title=f"Compressors, {args.model}", y_label="% of a layer", groups=shares)
+    return write_report(args.out, "compressors", args.model, lines, data, chart)
 
 
 def _scene(args: argparse.Namespace) -> Scene:

@@ -23,7 +23,13 @@ from apb.hf.model import DTYPES
 from apb.report import rank_layout
 from apb.worker import choose_device
 from benchmarks.critical_path_check import gate, validate
-from benchmarks.critical_path_report import MAX_DEVIATION, deviations, render, render_validation
+from benchmarks.critical_path_report import (
+    MAX_DEVIATION,
+    chart,
+    deviations,
+    render,
+    render_validation,
+)
 from benchmarks.critical_path_runs import Bench, Case, RankRun
 from benchmarks.critical_path_variants import SHAPES, VARIANTS, Scene
 from benchmarks.environment import REPORTS, Environment
@@ -89,7 +95,7 @@ def run(args: argparse.Namespace) -> Path:
         bench.messages.clear()
         lines = render(runs, environment, scene, settings)
         data = _data(environment, scene, settings, plans=plans, runs=_rows(runs))
-        path = write_report(args.out, "critical-path", scene.model, lines, data)
+        path = write_report(args.out, "critical-path", scene.model, lines, data, chart(runs))
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.chart import Bars, Chart
 from benchmarks.critical_path_probe import Phase
 from benchmarks.critical_path_runs import RankRun, Way, median_run
 from benchmarks.critical_path_variants import VARIANTS, Scene
@@ -132,6 +133,22 @@ def _slowest(runs: Sequence[RankRun]) -> list[str]:
         rows.append([f"`{name}` rank {run.rank}", *_parts(run), _total(same), ratio])
     header = ["variant, slowest rank", *_PHASES, "transfer", "exposed", "total", "total / `apb`"]
     return table(header, rows)
+
+
+def chart(runs: Sequence[RankRun]) -> Chart:
+    """What the slowest rank's time goes to, at the longest context."""
+    longest = max(run.context_len for run in runs)
+    of_length = [run for run in runs if run.context_len == longest]
+    slowest = {name: _critical(own) for name, own in _by_variant(of_length).items()}
+    return Bars(
+        title=f"The slowest rank of a prefill of {longest} tokens",
+        y_label="seconds",
+        groups={
+            name: {**run.phases_s, "exposed transfer": run.exposed_s}
+            for name, run in slowest.items()
+        },
+        stacked=True,
+    )
 
 
 def _ranks(runs: Sequence[RankRun]) -> list[str]:

@@ -20,14 +20,15 @@ from apb.errors import ApbError
 from apb.hf.checkpoint import Checkpoint
 from apb.hf.model import DTYPES
 from apb.plugins import PLUGINS
-from benchmarks.decode_report import render
+from benchmarks.decode_ranks import render_spread, spread_runs
+from benchmarks.decode_report import chart, render
 from benchmarks.decode_runs import ApbLab, Run, hf_answer
 from benchmarks.decode_tasks import Task, read_tasks
 from benchmarks.environment import REPORTS, ROOT, Environment
 from benchmarks.report import print_report, write_report
 
 SPEC_BENCH = ROOT.parent / "shared" / "data" / "spec_bench.jsonl"
-_PLAIN = "none"
+_PLAIN, _DEFAULT = "none", "hybrid"
 _HF = ("hf", "hf-lookup")
 _NEAR_TIE = 1e-3
 """Logits closer than this may fall either way, as fp32 sums depend on the rows of a pass."""
@@ -46,6 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--drafters", nargs="+", default=[*PLUGINS["drafter"]], choices=PLUGINS["drafter"]
     )
     parser.add_argument("--no-hf", action="store_true", help="leave Hugging Face out")
+    parser.add_argument("--no-ranks", action="store_true", help="leave several ranks out")
     parser.add_argument("--out", type=Path, default=REPORTS)
     parser.add_argument("--override", action="append", default=[], help="for all of apb")
     args = parser.parse_args(argv)
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> Path:
     hf_model = None
     if not args.no_hf:
         hf_model = AutoModelForCausalLM.from_pretrained(location, dtype=DTYPES[args.dtype]).eval()
+        hf_model.to(lab.model.device)
     runs: list[Run] = []
     variants = [*args.drafters, *([] if args.no_hf else _HF)]
     for number, task in enumerate(tasks):
@@ -98,16 +101,28 @@ def run(args: argparse.Namespace) -> Path:
             print(f"{task.name:>28} {one.variant:>10} {one.tokens / one.seconds:6.1f} tokens/s"
                   f"  {one.steps or 0:4} steps", file=sys.stderr)  # fmt: skip
         runs += found
+    compared = [name for name in (_PLAIN, _DEFAULT) if name in args.drafters]
+    spread = (
+        []
+        if args.no_ranks
+        else [
+            *spread_runs(
+                [*overrides, f"dtype={args.dtype}"], tasks, compared, max_tokens=args.max_tokens
+            )
+        ]
+    )
     settings = {**vars(args), "out": None, "spec_bench": args.spec_bench.name}
     settings["threads"] = torch.get_num_threads()
     data = {
         "environment": environment.to_json(),
         "settings": settings,
         "runs": [asdict(one) for one in runs],
+        "over_ranks": [asdict(one) for one in spread],
     }
-    return write_report(
-        args.out, "decode", args.model, render(runs, environment, settings, plain=_PLAIN), data
-    )
+    lines = render(runs, environment, settings, plain=_PLAIN)
+    lines += ["", *render_spread(spread)] if spread else []
+    drawn = chart(runs, args.model, plain=_PLAIN)
+    return write_report(args.out, "decode", args.model, lines, data, drawn)
 
 
 def _check_same(lab: ApbLab, task: Task, runs: Sequence[Run]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apb.plot import Interval
+from benchmarks.chart import Bars, Chart
 from benchmarks.decode_runs import HF_LOOKUP_TOKENS, Run
 from benchmarks.environment import Environment
 from benchmarks.report import Estimate, table
@@ -22,8 +24,8 @@ def render(
         "each at most",
         f"* prompts: {settings['samples']} of each Spec-Bench category "
         f"(`{settings['spec_bench']}`), {settings['quoting']} documents of up to "
-        f"{settings['document_chars']} characters with "
-        "the request to copy a part",
+        f"{settings['document_chars']} characters with a letter in them that is to be quoted (the "
+        "answer begins with what introduces the letter)",
         "* drafters gave the same tokens (but for near ties of logits); Hugging Face gave "
         f"{_agreement(runs, plain)} answers with the same tokens",
         f"* `hf-lookup`: `generate` with `prompt_lookup_num_tokens={HF_LOOKUP_TOKENS}`",
@@ -36,7 +38,35 @@ def render(
     for category in categories:
         of_category = [run for run in runs if run.category == category]
         lines += ["", f"## {category}", "", *_table(of_category, plain)]
-    return lines
+    return lines + _trimming(runs, categories)
+
+
+def _trimming(runs: Sequence[Run], categories: Sequence[str]) -> list[str]:
+    """What the trimmed vocabulary is worth: the same head with all tokens beside it."""
+    by_task = {(run.variant, run.task): run for run in runs}
+    rows = []
+    for category in categories:
+        tasks = [r.task for r in runs if (r.category, r.variant) == (category, "frspec")]
+        pairs = [
+            (by_task["frspec", task], by_task["eagle", task])
+            for task in tasks
+            if ("eagle", task) in by_task
+        ]
+        if not pairs:
+            return []
+        ratio = Estimate.of([_rate(trimmed) / _rate(whole) for trimmed, whole in pairs])
+        trimmed, whole = (_acceptance(own) for own in zip(*pairs, strict=True))
+        rows.append([category, ratio.text(2), f"{trimmed / whole:.0%}"])
+    header = [
+        "category",
+        "tokens/s of `frspec` over `eagle`",
+        "acceptance of `frspec` over `eagle`",
+    ]
+    return ["", "## The frequent tokens alone against all tokens", "", *table(header, rows)]
+
+
+def _acceptance(runs: Sequence[Run]) -> float:
+    return sum(run.tokens for run in runs) / sum(run.steps or 0 for run in runs)
 
 
 def _table(runs: Sequence[Run], plain: str) -> list[str]:
@@ -53,6 +83,21 @@ def _table(runs: Sequence[Run], plain: str) -> list[str]:
     return table(header, rows)
 
 
+def chart(runs: Sequence[Run], model: str, *, plain: str) -> Chart:
+    """Tokens a second over those of plain decoding, by category."""
+    base = {run.task: run for run in runs if run.variant == plain}
+    groups: dict[str, dict[str, Interval | float]] = {}
+    for run in runs:
+        if run.variant != plain:
+            groups.setdefault(run.category, {})[run.variant] = 0.0
+    for category, bars in groups.items():
+        for variant in bars:
+            own = [run for run in runs if (run.category, run.variant) == (category, variant)]
+            ratios = [_rate(run) / _rate(base[run.task]) for run in own if _rate(base[run.task])]
+            bars[variant] = Estimate.of(ratios).interval() if ratios else 0.0
+    return Bars(title=f"Decoding of {model}", y_label="tokens/s over plain decoding", groups=groups)
+
+
 def _rate(run: Run) -> float:
     return run.tokens / run.seconds
 
@@ -63,7 +108,7 @@ def _per_step(runs: Sequence[Run]) -> list[str]:
         return [""] * 4
     seconds, draft_s = sum(run.seconds for run in runs), sum(run.draft_s or 0 for run in runs)
     return [
-        f"{sum(run.tokens for run in runs) / steps:.2f}",
+        f"{_acceptance(runs):.2f}",
         f"{sum(run.nodes or 0 for run in runs) / steps:.1f}",
         f"{1e3 * draft_s / steps:.2f}",
         f"{1e3 * (seconds - draft_s) / steps:.1f}",

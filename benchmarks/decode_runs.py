@@ -26,6 +26,7 @@ from apb.metrics import Timeline
 from apb.prompts.base import PromptTokens
 from apb.sampling import SamplingParams
 from apb.speculate.speculator import Speculator
+from apb.worker import choose_device
 from benchmarks.decode_tasks import Task
 
 HF_LOOKUP_TOKENS = 10
@@ -59,7 +60,8 @@ class ApbLab:
 
     def __init__(self, overrides: Sequence[str], *, dtype: str, max_tokens: int) -> None:
         config = compose_config(overrides)
-        self.model = CausalLM.load(config.model, dtype=DTYPES[dtype], device=torch.device("cpu"))
+        device = choose_device(config.device, 0)
+        self.model = CausalLM.load(config.model, dtype=DTYPES[dtype], device=device)
         tokenizer = load_tokenizer(config.model)
         stops = stop_ids(config.model, load_config(config.model), tokenizer)
         self._target = HfTarget(
@@ -164,7 +166,9 @@ def hf_answer(
     watch = _Watch()
     with torch.inference_mode():
         output = model.generate(
-            input_ids=torch.tensor([prompt_ids]), generation_config=config, streamer=watch
+            input_ids=torch.tensor([prompt_ids], device=model.device),
+            generation_config=config,
+            streamer=watch,
         )
     return Run(
         variant="hf-lookup" if lookup else "hf",

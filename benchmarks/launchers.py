@@ -19,6 +19,7 @@ from pathlib import Path
 
 from apb import LLM, RequestOutput, SamplingParams
 from apb.errors import ApbError
+from benchmarks.chart import Bars
 from benchmarks.environment import REPORTS, ROOT, Environment
 from benchmarks.report import Spread, print_report, table, write_report
 
@@ -137,7 +138,23 @@ def run(args: argparse.Namespace) -> Path:
         "settings": settings,
         "runs": [asdict(one) for one in runs],
     }
-    return write_report(args.out, "launchers", args.model, _render(runs, environment, args), data)
+    lines = _render(runs, environment, args)
+    return write_report(args.out, "launchers", args.model, lines, data, _chart(runs, args.model))
+
+
+def _chart(runs: Sequence[Run], model: str) -> Bars:
+    around: dict[str, dict[str, list[float]]] = {}
+    for one in runs:
+        by_launcher = around.setdefault(f"{one.context_tokens} tokens", {})
+        by_launcher.setdefault(one.launcher, []).append(one.around_s)
+    return Bars(
+        title=f"Requests to {model} beyond prefill and decoding",
+        y_label="ms",
+        groups={
+            tokens: {name: Spread.of(values).interval(1e3) for name, values in launchers.items()}
+            for tokens, launchers in around.items()
+        },
+    )
 
 
 def _run(launcher: str, output: RequestOutput, seconds: float) -> Run:

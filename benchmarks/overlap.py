@@ -20,11 +20,12 @@ from typing import Any
 from apb.config import compose_config
 from apb.errors import ApbError, InputError
 from apb.hf.model import DTYPES
+from benchmarks.chart import Bars
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.overlap_link import OWNER_ADDRESS, Switch, switch
 from benchmarks.overlap_rank import Job
-from benchmarks.overlap_report import Exchange, Prefill, render
-from benchmarks.report import print_report, write_report
+from benchmarks.overlap_report import Exchange, Prefill, link_name, render
+from benchmarks.report import Spread, print_report, write_report
 
 _PORT = "29500"
 _EXCHANGES = 100
@@ -126,7 +127,22 @@ def run(args: argparse.Namespace) -> Path:
         "exchanges": [asdict(exchange) for exchange in exchanges],
     }
     lines = render(prefills, exchanges, environment, settings)
-    return write_report(args.out, "overlap", args.model, lines, data)
+    return write_report(args.out, "overlap", args.model, lines, data, _chart(prefills, args.model))
+
+
+def _chart(prefills: Sequence[Prefill], model: str) -> Bars:
+    groups: dict[str, dict[str, list[float]]] = {}
+    for prefill in prefills:
+        name = "beside local attention" if prefill.overlap else "in turn"
+        groups.setdefault(link_name(prefill.gbit), {}).setdefault(name, []).append(prefill.seconds)
+    return Bars(
+        title=f"Prefill of {model}, exchange beside local attention or in turn",
+        y_label="seconds",
+        groups={
+            link: {name: Spread.of(values).interval() for name, values in modes.items()}
+            for link, modes in groups.items()
+        },
+    )
 
 
 def _measure(

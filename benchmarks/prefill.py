@@ -22,7 +22,7 @@ from apb.hf.model import DTYPES, load_config
 from apb.packed import has_fast_bf16
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.memory import Sizes
-from benchmarks.prefill_report import render
+from benchmarks.prefill_report import chart, render
 from benchmarks.prefill_runs import Bench, Run, Variant, gate
 from benchmarks.report import print_report, write_report
 
@@ -118,7 +118,8 @@ def run(args: argparse.Namespace) -> Path:
             "runs": [asdict(run) for run in runs],
         }
         lines = render(runs, variants, environment, settings)
-        path = write_report(args.out, "prefill", args.model, lines, data)
+        drawn = chart(runs, variants, args.model)
+        path = write_report(args.out, "prefill", args.model, lines, data, drawn)
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.chart import Chart, Lines
 from benchmarks.environment import Environment
 from benchmarks.memory import RankMemory, Sizes
 from benchmarks.prefill_runs import Run, Variant
@@ -80,6 +81,23 @@ def render(
         *_loading(runs, variants),
     ]
     return lines
+
+
+def chart(runs: Sequence[Run], variants: Sequence[Variant], model: str) -> Chart:
+    """Seconds to the first token by length."""
+    lengths = list(dict.fromkeys(run.length for run in runs))
+    return Lines(
+        title=f"Prefill of {model}",
+        x_label="document tokens",
+        y_label="seconds to the first token",
+        series={
+            variant.name: [
+                (length, Spread.of([r.first_token_s for r in _of(runs, variant, length)]).median)
+                for length in lengths
+            ]
+            for variant in variants
+        },
+    )
 
 
 def _speed(runs: Sequence[Run], variants: Sequence[Variant], lengths: Sequence[int]) -> list[str]:

@@ -23,8 +23,9 @@ from apb.errors import InputError
 from apb.evaluate.prose import PASSAGES
 from apb.prompts.needle_kinds import KINDS
 from benchmarks.environment import REPORTS, ROOT, Environment
-from benchmarks.quality_lab import METHODS, REFERENCE, Lab
-from benchmarks.quality_report import render, summarise
+from benchmarks.quality_lab import METHODS, Lab, variants
+from benchmarks.quality_pairs import render_pairs
+from benchmarks.quality_report import chart, render, summarise
 from benchmarks.quality_tasks import NeedleTask, ProseTask, Row, Task
 from benchmarks.report import print_report, write_report
 
@@ -44,6 +45,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--passages", type=int, default=8, help=f"at most {len(PASSAGES)}")
     parser.add_argument("--prose-context", type=int, default=2048, help="tokens, at most")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--passing", type=float, nargs="*", default=[], help="method.passing_len, several in turn"
+    )
     parser.add_argument(
         "--share",
         type=_share,
@@ -68,7 +72,7 @@ def _share(text: str) -> tuple[int, int]:
 def run(args: argparse.Namespace) -> Path | None:
     """Run what the journal does not hold yet; returns the report, if the share is all tasks."""
     environment = Environment.read("benchmarks.quality")
-    methods = [REFERENCE, *(name for name in METHODS if name in args.methods and name != REFERENCE)]
+    methods = variants(args.methods, args.passing)
     overrides = [f"model={args.model}", f"dtype={args.dtype}", *args.override]
     lab = Lab(overrides, methods, num_blocks=args.blocks)
     part, total = args.share
@@ -81,22 +85,23 @@ def run(args: argparse.Namespace) -> Path | None:
         "threads": torch.get_num_threads(),
         "methods": lab.describe(),
     }
-    identity = json.dumps([environment.revision, environment.versions, settings, METHODS])
+    identity = json.dumps([environment.revision, environment.versions, settings, methods])
     journal = (
         ROOT / "outputs" / f"quality_{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
     )
-    rows = _run_missing(lab, tasks, methods, journal)
+    rows = _run_missing(lab, tasks, list(methods), journal)
     if total > 1:
         return None
-    summary = summarise(rows, methods)
+    summary = summarise(rows, list(methods))
     data = {
         "environment": environment.to_json(),
         "settings": settings,
         "summary": summary.to_json(),
         "rows": [asdict(row) for row in rows],
     }
-    lines = render(summary, environment, settings)
-    return write_report(args.out, "quality", args.model, lines, data)
+    lines = [*render(summary, environment, settings), *render_pairs(rows, list(methods))]
+    drawn = chart(summary, args.model)
+    return write_report(args.out, "quality", args.model, lines, data, drawn)
 
 
 def _tasks(lab: Lab, args: argparse.Namespace) -> list[Task]:

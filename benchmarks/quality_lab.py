@@ -27,6 +27,7 @@ from apb.prompts.needle import NeedleCase
 from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
 from apb.scoring import logprobs
+from apb.trace.records import Phase
 from apb.worker import choose_device
 
 REFERENCE = "full"
@@ -38,11 +39,28 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     **{
         f"apb-{name}": (*_APB, f"method/compressor={name}") for name in PLUGINS["method/compressor"]
     },
+    **{
+        f"apb-{name}-unpooled": (*_APB, f"method/compressor={name}", "method.compressor.kernel=1")
+        for name in ("window", "query", "retaining_head")
+    },
     "apb-window-paper": (*_PAPER, "method/compressor=window"),
     "apb-query-paper": (*_PAPER, "method/compressor=query"),
     "apb-window-int8": (*_APB, "method/compressor=window", "method.wire=int8"),
 }
 """Name in the report to Hydra overrides. The first is what the others are compared with."""
+
+
+def variants(names: Sequence[str], passing: Sequence[float]) -> dict[str, tuple[str, ...]]:
+    """The methods named, `full` first, and those that pass blocks on once for each length."""
+    chosen = {name: METHODS[name] for name in METHODS if name in {REFERENCE, *names}}
+    found = {}
+    for name, overrides in chosen.items():
+        if not passing or "method=apb" not in overrides:
+            found[name] = overrides
+            continue
+        for share in passing:
+            found[f"{name}@{share:g}"] = (*overrides, f"method.passing_len={share}")
+    return found
 
 
 class Lab:
@@ -52,14 +70,14 @@ class Lab:
     """
 
     def __init__(
-        self, overrides: Sequence[str], methods: Sequence[str], *, num_blocks: int
+        self, overrides: Sequence[str], methods: Mapping[str, Sequence[str]], *, num_blocks: int
     ) -> None:
         """Load the model.
 
         Raises:
             InputError: a wrong setting, or the model is not there.
         """
-        self._configs = {name: compose_config([*overrides, *METHODS[name]]) for name in methods}
+        self._configs = {name: compose_config([*overrides, *own]) for name, own in methods.items()}
         config = self._config = self._configs[REFERENCE]
         self.device = choose_device(config.device, 0)
         hf_config = load_config(config.model)
@@ -119,9 +137,9 @@ class Lab:
             comm=Communicator(0, 1, self.device),
         )
         timeline = Timeline(self.device)
-        with timeline.phase("prefill"):
+        with timeline.phase(Phase.PREFILL):
             self._engine.prefill(prompt, replace(plan, layout=here), room=room)
-        return timeline.phases_s["prefill"]
+        return timeline.phases_s[Phase.PREFILL]
 
     def answer_logprob(self, query_ids: Sequence[int], answer_ids: Sequence[int]) -> float:
         """Log-probability per token of an answer after context and query, which stays unread."""

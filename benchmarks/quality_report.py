@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from apb.plot import Interval
+from benchmarks.chart import Bars, Chart
 from benchmarks.environment import Environment
 from benchmarks.quality_lab import REFERENCE
 from benchmarks.quality_tasks import CONTINUATION_LEN, MAX_ANSWER_TOKENS, PROSE, Row
@@ -133,6 +135,23 @@ def render(summary: Summary, environment: Environment, settings: Mapping[str, An
             *_prose(summary),
         ]
     return lines
+
+
+def chart(summary: Summary, model: str) -> Chart:
+    """What methods lose against the reference, in log-probability of right answers."""
+    scores = [
+        score
+        for score in summary.scores
+        if score.quantity == "logprob" and score.method != REFERENCE
+    ]
+    groups: dict[str, dict[str, Interval | float]] = {}
+    for score in scores:
+        groups.setdefault(score.group, {})[score.method] = score.difference.interval()
+    return Bars(
+        title=f"Log-probability per token of {model}",
+        y_label=f"method minus {REFERENCE}, nats",
+        groups=groups,
+    )
 
 
 def _is_kind(kind: str) -> Callable[[Row], bool]:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from apb.errors import ApbError
 from apb.output import write_json
+from apb.plot import Interval
+from benchmarks.chart import Chart
 from benchmarks.environment import hardware_slug
 
 
@@ -33,6 +35,11 @@ class Estimate(NamedTuple):
         mean = f"{self.mean:{sign}.{digits}f}"
         return mean if self.error is None else f"{mean} ± {self.error:.{digits}f}"
 
+    def interval(self) -> Interval:
+        """As a chart wants it: one standard error to both sides."""
+        error = self.error or 0.0
+        return Interval(0.0, self.mean, self.mean - error, self.mean + error)
+
 
 class Spread(NamedTuple):
     """Median, smallest and largest of a few repeats."""
@@ -48,6 +55,10 @@ class Spread(NamedTuple):
     def text(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
+    def interval(self, scale: float = 1.0) -> Interval:
+        """As a chart wants it."""
+        return Interval(0.0, *(scale * value for value in self))
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table; the first column is text, the others are numbers."""
@@ -61,12 +72,26 @@ def report_stem(benchmark: str, model: str) -> str:
 
 
 def write_report(
-    folder: Path, benchmark: str, model: str, lines: Sequence[str], data: dict[str, Any]
+    folder: Path,
+    benchmark: str,
+    model: str,
+    lines: Sequence[str],
+    data: dict[str, Any],
+    chart: Chart | None = None,
 ) -> Path:
-    """Write ``<benchmark>_<model>_<hardware>_<yyyymmdd>.{md,json}``; returns the Markdown file."""
+    """Write ``<benchmark>_<model>_<hardware>_<yyyymmdd>.{md,json,svg}``; returns the Markdown file.
+
+    Without matplotlib there is no chart: figures that took hours are not lost for want of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stem = report_stem(benchmark, model)
     write_json(folder / f"{stem}.json", data)
+    if chart is not None:
+        try:
+            drawn = chart.draw(folder / f"{stem}.svg")
+            lines = [*lines, "", f"![{chart.title}]({drawn.name})"]
+        except ApbError as error:
+            print(f"no chart: {error}", file=sys.stderr)
     path = folder / f"{stem}.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

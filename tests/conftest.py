@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from poison import poisoned_empty
 from rank_pool import RankPool
@@ -16,6 +17,8 @@ from triton_interpreter import use_interpreter
 def pytest_configure() -> None:
     if not torch.cuda.is_available():
         use_interpreter()  # before any test imports a kernel
+    settings.register_profile("apb", deadline=None)  # a busy machine is no fault of a test's
+    settings.load_profile("apb")
     # Threads that wait for one another cost more than tiny tensors gain, above all beside ranks.
     torch.set_num_threads(1)
 

@@ -35,7 +35,10 @@ _LOG = logging.getLogger("apb")
 _OPTIONS = ("input", "output", "question")
 _SETTINGS = ("prompt=file", "progress=false")
 """Limits of documents are those of files; the bar counts rows."""
-_WITHOUT_EFFECT = ("launcher", "world_size", "runtime", "prompt", "output", "progress")
+_WITHOUT_EFFECT = (
+    *("launcher", "world_size", "runtime", "prompt", "output", "progress", "trace"),
+    *("supervision", "on_failure", "on_rank_loss", "request_timeout_s"),
+)
 
 
 def run(overrides: Sequence[str], *, source: str, output: str, question: str | None) -> int:
@@ -49,6 +52,8 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
     config = compose_config(overrides)
     if not isinstance(config.prompt, FileConfig):
         raise InputError("a batch takes its documents from input=: drop prompt=")
+    if config.trace:
+        raise InputError("trace=true traces one answer: ask for it with apb.run, or drop it")
     with closing(LLM.from_overrides(overrides)) as llm:
         if os.environ.get("RANK", "0") != "0":  # of a torchrun gang: rank 0 reads and writes
             unread: Iterator[dict[str, str]] = iter(())
@@ -65,7 +70,7 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Of the settings that answers depend on; where the ranks are is not among them."""
+    """Of the settings that answers depend on; where the ranks are, and for how long, is not."""
     settings = {
         name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT
     }

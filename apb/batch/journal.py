@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 from apb.errors import InputError
+from apb.files import written_whole
 from apb.json_lines import JsonLines, encode_line
 
 Answer = dict[str, Any]
@@ -75,20 +75,15 @@ class Journal:
         """Leaves one row per id, in the order given and then as they came; the batch is over."""
         ids = dict.fromkeys([*(name for name in order if name in self._answers), *self._answers])
         answers = [self._answers[row_id] for row_id in ids]
-        handle, temporary = tempfile.mkstemp(dir=self._output.parent, prefix=".apb-")
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with written_whole(self._output) as scratch:
+            with scratch.open("wb") as file:
                 if self._lines == self._output:
                     file.writelines(map(encode_line, answers))
                 else:
                     _write_parquet(file, answers)
                 file.flush()
                 os.fsync(file.fileno())
-            shutil.copymode(self._lines, temporary)
-            os.replace(temporary, self._output)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            shutil.copymode(self._lines, scratch)
         if self._lines != self._output:
             self._lines.unlink()
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from apb.compress.weight_files import NamedWeight, read_weights
 from apb.cost import ModelShape
 from apb.errors import InputError
+from apb.files import written_whole
 
 FILE_NAME = "retaining_heads.safetensors"
 """Of a model's heads where apb looks for them by itself."""
@@ -120,15 +121,12 @@ class RetainingHeads:
             "note": self.note,
             "sha256": self.sha256,
         }
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        filled = {key: value for key, value in metadata.items() if value}
         try:
-            filled = {key: value for key, value in metadata.items() if value}
-            scratch.write_bytes(safetensors.torch.save(tensors, filled))
-            os.replace(scratch, path)
+            with written_whole(path) as scratch:
+                scratch.write_bytes(safetensors.torch.save(tensors, filled))
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
-        finally:
-            scratch.unlink(missing_ok=True)
 
 
 def checked_output(name: str | Path) -> Path:

@@ -22,12 +22,15 @@ from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
 from apb.hf.lean import LeanDecoder
 from apb.hf.linear import MIN_ROWS, WideLinears
+from apb.hf.phases import layers_traced
 from apb.hf.shape import model_shape
 from apb.hf.tap import PassTap, watch
 from apb.methods.base import Attend
 from apb.model_config import CHUNK_LEN, ModelConfig
 from apb.packed import MAX_ROWS, has_fast_bf16
 from apb.speculate.base import Needs
+from apb.trace.recorder import OFF, Trace
+from apb.trace.records import Phase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -152,15 +155,25 @@ class CausalLM:
         return sum(sizes)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], positions_T: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        positions_T: Tensor,
+        attend: Attend,
+        trace: Trace = OFF,
+    ) -> Tensor:
         """Final hidden states ``[T, M]`` of packed rows; `attend` is called once per layer.
 
-        `token_ids` may be empty: the rank then takes part in the layers' exchanges only.
+        `token_ids` may be empty: the rank then takes part in the layers' exchanges only. `trace`
+        is told of the layers' parts, unless a few rows run without the layers' modules.
         """
         if not token_ids:
-            return self._forward_nothing(attend)
+            return self._forward_nothing(attend, trace)
         if self._is_lean and len(token_ids) <= MAX_ROWS:
             return self._few_rows.forward(token_ids, positions_T, attend, self._taps)
+        if trace.is_on:
+            with layers_traced(self._model.base_model, attend, trace) as traced:
+                return self.forward(token_ids, positions_T, traced)
         ids_1T = torch.tensor([list(token_ids)], dtype=torch.int64, device=self.device)
         wide = self._wide and len(token_ids) >= MIN_ROWS
         with WideLinears() if wide else nullcontext():
@@ -189,7 +202,7 @@ class CausalLM:
             watch(self._model.base_model, self._taps)
         return tap
 
-    def _forward_nothing(self, attend: Attend) -> Tensor:
+    def _forward_nothing(self, attend: Attend, trace: Trace) -> Tensor:
         """transformers cannot reshape zero rows: a rank without a block only meets the others."""
         config, shape = self._model.config, self.cache_shape
         hidden_TM = torch.empty(0, config.hidden_size, dtype=self.dtype, device=self.device)
@@ -197,7 +210,8 @@ class CausalLM:
         kv_KTD = hidden_TM.new_empty(shape.num_kv_heads, 0, shape.head_dim)
         for layer_idx, layer in enumerate(self._model.base_model.layers):
             scale = layer.self_attn.scaling  # of use where a rank attends for others (`ulysses`)
-            attend(LayerInputs(layer_idx, q_HTD, kv_KTD, kv_KTD, scale))
+            with trace.span(Phase.ATTENTION, layer_idx):
+                attend(LayerInputs(layer_idx, q_HTD, kv_KTD, kv_KTD, scale))
         return hidden_TM
 
     @torch.inference_mode()

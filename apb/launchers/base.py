@@ -14,6 +14,9 @@ T = TypeVar("T")
 class Session(ABC):
     """A gang of ranks that takes one request at a time."""
 
+    has_worked = False
+    """Whether the ranks have got as far as reading a document, or have ended some request."""
+
     @abstractmethod
     def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
         """Send a request (see `RequestRunner.handle`) and yield its replies.

@@ -1,10 +1,16 @@
-"""The operating system's side of a local gang: processes, connections, one folder, one end."""
+"""Ranks as processes of this machine.
+
+They are plain subprocesses and not multiprocessing children, so that notebooks and scripts without
+a ``__main__`` guard work. Driver and ranks exchange JSON over socket pairs; the ranks meet through
+a file, so that two gangs never compete for a port, and show their progress in another one.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,10 +21,12 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from apb.errors import EngineDeadError
-from apb.heartbeat import Board
+from apb.errors import EngineDeadError, RankFailure
+from apb.heartbeat import Beat, Board
+from apb.launchers.gang import Ranks
+from apb.launchers.process_state import is_stopped
 
 _EXIT_S = 5.0
 _STACK_S = 1.0
@@ -31,34 +39,29 @@ class RankProcess(NamedTuple):
     connection: Connection
 
 
-class RankProcesses:
-    """`world_size` processes in process groups of their own. Nothing outlives `end`."""
+class RankProcesses(Ranks):
+    """Processes in process groups of their own."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.folder = tempfile.mkdtemp(prefix="apb-")
-        self.board = Board(Path(self.folder) / "board", world_size, create=True)
+    def __init__(self, local_ranks: Sequence[int]) -> None:
+        """One for each of the numbers, which say what GPU of this machine it has."""
+        self.world_size = world_size = len(local_ranks)
+        self._folder = tempfile.mkdtemp(prefix="apb-")
+        self._board = Board(Path(self._folder) / "board", world_size, create=True)
         self._ranks: list[RankProcess] = []
-        self._finalizer = weakref.finalize(self, _end, self._ranks, self.board, self.folder)
-        for rank in range(world_size):
-            self._ranks.append(start_rank(rank, world_size))
+        self._finalizer = weakref.finalize(self, _end, self._ranks, self._board, self._folder)
+        for rank, local_rank in enumerate(local_ranks):
+            self._ranks.append(start_rank(rank, world_size, local_rank))
 
     @property
-    def ended(self) -> list[int]:
-        """Ranks whose process has ended."""
-        return [rank for rank, it in enumerate(self._ranks) if it.process.poll() is not None]
+    def greeting(self) -> dict[str, Any]:
+        return {"folder": self._folder}
 
-    def post(self, rank: int, encoded: bytes) -> None:
-        """Send if anyone is there; that a rank is gone shows when its reply is awaited."""
-        with suppress(OSError):
-            self._ranks[rank].connection.send_bytes(encoded)
+    def post(self, encoded: bytes, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            with suppress(OSError):
+                self._ranks[rank].connection.send_bytes(encoded)
 
     def ready(self, timeout_s: float, *, besides: Container[int] = ()) -> list[int]:
-        """Ranks that have said something or have ended, besides those that are known.
-
-        Raises:
-            EngineDeadError: another thread has ended them all.
-        """
         connections = {
             rank: it.connection for rank, it in enumerate(self._ranks) if rank not in besides
         }
@@ -69,22 +72,27 @@ class RankProcesses:
         return [rank for rank, connection in connections.items() if connection in found]
 
     def receive(self, rank: int) -> bytes | None:
-        """What the rank says next; None where it has ended without a word."""
         try:
             return self._ranks[rank].connection.recv_bytes()
         except (EOFError, OSError):
             return None
 
-    def exit_code(self, rank: int) -> int | None:
-        """Of a process that is about to end; negative for a signal."""
-        with suppress(subprocess.TimeoutExpired):
-            return self._ranks[rank].process.wait(_EXIT_S)
-        return None
+    @property
+    def ended(self) -> list[int]:
+        return [rank for rank, it in enumerate(self._ranks) if it.process.poll() is not None]
+
+    def beats(self) -> list[Beat]:
+        return self._board.read()
+
+    def host(self, rank: int) -> str:
+        return socket.gethostname()
+
+    def is_stopped(self, rank: int) -> bool:
+        return is_stopped(self._ranks[rank].process.pid)
 
     def stack_of(self, rank: int) -> str:
-        """What the main thread of a running process is at; empty where it cannot tell."""
-        process, path = self._ranks[rank].process, Path(self.folder) / f"stack-{rank}"
-        if not path.exists() or self.is_stopped(rank):
+        process, path = self._ranks[rank].process, Path(self._folder) / f"stack-{rank}"
+        if not path.exists():
             return ""
         process.send_signal(signal.SIGUSR1)
         text, deadline = "", time.monotonic() + _STACK_S
@@ -93,15 +101,20 @@ class RankProcesses:
             time.sleep(_STACK_S / 20)
         return text.strip()
 
-    def is_stopped(self, rank: int) -> bool:
-        """Whether a signal has stopped the process; False where the system does not say."""
-        with suppress(OSError):
-            stat = Path(f"/proc/{self._ranks[rank].process.pid}/stat").read_text()
-            return stat.rpartition(")")[2].split()[0] in "Tt"
-        return False
+    def death(self, rank: int, request: int) -> RankFailure:
+        code: int | None = None
+        with suppress(subprocess.TimeoutExpired):
+            code = self._ranks[rank].process.wait(_EXIT_S)
+        reason = f"ended without a word (exit code {code})"
+        if code is not None and code < 0:
+            reason = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                reason += ", as the system does when memory runs out"
+        beat = self.beats()[rank]
+        had_request = beat.request == request
+        return RankFailure(rank, self.host(rank), beat.place, reason, code, had_request=had_request)
 
     def wait(self) -> None:
-        """Give processes that were told to exit the time to do so."""
         for it in self._ranks:
             try:
                 it.process.wait(_EXIT_S)
@@ -109,17 +122,16 @@ class RankProcesses:
                 return
 
     def end(self) -> None:
-        """Kill what is left; repeating it does no harm."""
         self._finalizer()
 
 
-def start_rank(rank: int, world_size: int) -> RankProcess:
+def start_rank(rank: int, world_size: int, local_rank: int) -> RankProcess:
     ours, theirs = Pipe()
     environment = {
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(world_size),
         "APB_CONNECTION": str(theirs.fileno()),
         "APB_DRIVER": str(os.getpid()),

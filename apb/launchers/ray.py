@@ -1,261 +1,281 @@
 """Ranks as actors of a Ray cluster; the driver needs no GPU.
 
-Ray places and starts the ranks, carries requests and replies, and reports dead processes. Tensors
-go between ranks by torch.distributed, as with every other launcher.
+Ray places and starts the ranks, carries requests, replies and heartbeats, and reports dead
+processes. Tensors go between ranks by torch.distributed, as with every other launcher.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Container, Sequence
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from apb.config import RunConfig
-from apb.errors import EngineDeadError, InputError, RequestError
+from apb.errors import EngineDeadError, InputError, RankFailure
+from apb.heartbeat import Beat
 from apb.launcher_config import RayLauncherConfig
-from apb.launchers.base import Session
+from apb.launchers.gang import Ranks
 from apb.launchers.ray_cluster import (
     Place,
+    await_room,
     bundle,
     check_versions,
-    connect,
     count_gpus,
     local_ranks,
     places,
     reserve,
 )
-from apb.launchers.ray_rank import INBOX, OUTBOX, RankActor, passed_on
+from apb.launchers.ray_rank import INBOX, OUTBOX, PULSE, RankActor, passed_on
 from apb.methods.decode import OWNER
+from apb.supervision import last_heard_in
 
 _EXIT_S = 5.0
+_ASK_S = 0.5
+"""How often a rank is asked for its heartbeat."""
+_QUESTION_S = 1.0
+"""How long a rank may take to answer a question about itself or a neighbour."""
 _INLINE_BYTES = 2**16
-_REPORT_S = 1.0
-"""Ray reports a killed process about 0.3 s after its peers report their lost connections."""
 
 
-class RaySession(Session):
-    """A gang of actors in a placement group, killed together as soon as one of them fails."""
+class RayRanks(Ranks):
+    """Actors in a placement group of their own."""
 
-    def __init__(self, config: RunConfig, overrides: Sequence[str]) -> None:
-        """Start the ranks.
+    settle_s = 1.0  # Ray reports a killed process about 0.3 s after its peers their lost connection
 
-        Raises:
-            InputError: no cluster, no room, nodes that differ, or a setting that a rank refuses.
-            EngineDeadError: a rank did not come up.
-        """
-        launcher = config.launcher
-        assert isinstance(launcher, RayLauncherConfig)
-        leaves = connect(launcher.address)
-        self._ranks: list[Any] = []
-        self._groups: list[PlacementGroup] = []
-        self._finalizer = weakref.finalize(self, _end, self._ranks, self._groups, leaves)
-        self._cause: str | None = None
-        self._busy = False
-        self._unread: deque[dict[str, Any]] = deque()
-        try:
-            self._places = self._start(launcher, config)
-            self._run(overrides)
-            self._next_reply()
-        except BaseException:
-            self._finalizer()
-            raise
+    def __init__(self, config: RunConfig, world_size: int) -> None:
+        """Ask for room and for an actor in each part of it; the cluster has been joined."""
+        assert isinstance(config.launcher, RayLauncherConfig)
+        self.world_size = world_size
+        self._launcher, self._start_s = config.launcher, config.supervision.start_s
+        self._wanted = bundle(self._launcher, gpu=runs_on_gpus(config))
+        self._group = reserve(self._launcher, self._wanted, world_size)
+        self._actors: list[Any] = []
+        self._finalizer = weakref.finalize(self, _end, self._actors, self._group)
+        self._actors += [self._actor(index) for index in range(world_size)]
+        self._places: list[Place] = []
+        self._runs: list[Any] = []
+        self._posted: dict[int, Any] = {}
+        self._deaths: dict[int, str] = {}
+        self._unread = [deque[bytes]() for _ in range(world_size)]
+        self._beats = [Beat()] * world_size
+        self._asked: dict[int, Any] = {}
+        self._ask_at = 0.0
 
-    def _start(self, launcher: RayLauncherConfig, config: RunConfig) -> list[Place]:
-        """Make the actors; returns where they are, once their nodes are known to agree."""
-        on_gpus = config.device == "cuda" or (config.device == "auto" and count_gpus() > 0)
-        world_size = config.world_size or (max(1, count_gpus()) if on_gpus else 1)
-        wanted = bundle(launcher, gpu=on_gpus)
-        group = reserve(launcher, wanted, world_size)
-        self._groups.append(group)
-        order = places(group)
-        nodes = [place.node for place in order]
+    def _actor(self, index: int) -> Any:
         # Every GPU of a node stays visible: what Ray hides, NCCL cannot use between ranks.
         variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         if threads := os.environ.get("OMP_NUM_THREADS"):
             variables["OMP_NUM_THREADS"] = threads
         remote: Any = ray.remote  # its types know fewer options
-        actor = remote(concurrency_groups={INBOX: 1, OUTBOX: 1})(RankActor)
-        for rank, (place, local_rank) in enumerate(zip(order, local_ranks(order), strict=True)):
-            options = actor.options(
-                num_cpus=wanted["CPU"],
-                num_gpus=wanted.get("GPU", 0),
-                resources=dict(launcher.resources),
-                max_restarts=0,  # a rank that came back alone would have no peers
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, place.bundle),
-                runtime_env={"env_vars": variables},
-            )
-            self._ranks.append(
-                options.remote(
-                    rank=rank,
-                    world_size=world_size,
-                    local_rank=local_rank,
-                    local_world_size=nodes.count(place.node),
-                    environment=passed_on(os.environ, launcher.environment),
-                    folder=os.getcwd(),
-                )
-            )
-        check_versions(order, [self._facts(rank, place) for rank, place in enumerate(order)])
-        return order
+        actor = remote(concurrency_groups={INBOX: 1, OUTBOX: 1, PULSE: 1})(RankActor)
+        options = actor.options(
+            num_cpus=self._wanted["CPU"],
+            num_gpus=self._wanted.get("GPU", 0),
+            resources=dict(self._launcher.resources),
+            max_restarts=0,  # a rank that came back alone would have no peers
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+            runtime_env={"env_vars": variables},
+        )
+        environment = passed_on(os.environ, self._launcher.environment)
+        return options.remote(environment=environment, folder=os.getcwd())
 
-    def _facts(self, rank: int, place: Place) -> dict[str, str]:
-        try:
-            facts: dict[str, str] = ray.get(self._ranks[rank].facts.remote())
-        except RayError as error:
-            missing = "No module named" in str(error)
-            advice = "install apb and what it needs there" if missing else "see Ray's log"
-            raise InputError(
-                f"node {place.address} cannot start rank {rank} ({_reason(error)}): {advice}"
-            ) from error
+    def meet(self) -> None:
+        if self._runs:
+            return
+        await_room(self._group, self._launcher, self._wanted)
+        self._places = places(self._group)
+        by_bundle = list(self._actors)
+        self._actors[:] = [by_bundle[place.bundle] for place in self._places]
+        check_versions(self._places, self._facts())
+        host = self._places[OWNER].address
+        port: int = ray.get(self._actors[OWNER].host_store.remote(host))
+        nodes = [place.node for place in self._places]
+        self._listen()
+        self._runs = [
+            self._actors[rank].run.remote(
+                rank,
+                self.world_size,
+                local_rank=local_rank,
+                local_world_size=nodes.count(place.node),
+                address=place.address,
+                store=(host, port),
+            )
+            for rank, (place, local_rank) in enumerate(
+                zip(self._places, local_ranks(self._places), strict=True)
+            )
+        ]
+
+    def _facts(self) -> list[dict[str, str]]:
+        asked = [actor.facts.remote() for actor in self._actors]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=self._start_s)
+        facts = []
+        for rank, answer in enumerate(asked):
+            address = self._places[rank].address
+            if answer not in answered:
+                reason = f"has not come up within supervision.start_s={self._start_s:g}"
+                raise EngineDeadError.of(RankFailure(rank, address, Beat().place, reason))
+            try:
+                facts.append(ray.get(answer))
+            except RayError as error:
+                missing = "No module named" in str(error)
+                advice = "install apb and what it needs there" if missing else "see Ray's log"
+                raise InputError(
+                    f"node {address} cannot start rank {rank} ({_reason(error)}): {advice}"
+                ) from error
         return facts
 
-    def _run(self, overrides: Sequence[str]) -> None:
-        """Let the ranks meet and listen to the owner from now on."""
-        host = self._places[OWNER].address
-        port: int = ray.get(self._ranks[OWNER].host_store.remote(host))
-        self._runs = [
-            rank.run.remote(place.address, (host, port))
-            for rank, place in zip(self._ranks, self._places, strict=True)
-        ]
-        self._listen()
-        self._send({"overrides": list(overrides), "init_method": "env://"}, self._ranks)
-
-    def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
-        if self._cause is not None:
-            raise EngineDeadError(self._cause)
-        self._send({"op": op, "arguments": arguments}, self._ranks)
-        finished, self._busy = False, True
-        try:
-            while not finished:
-                try:
-                    reply = self._next_reply()
-                except (InputError, RequestError):
-                    finished = True
-                    raise
-                finished = "result" in reply
-                yield reply
-        finally:
-            if not finished and self._cause is None:
-                self._cancel()
-            self._busy = False
-
-    def close(self) -> None:
-        if self._finalizer.alive and self._cause is None:
-            self._cause = "the engine was closed"
-            if not self._busy:
-                self._send({"op": "exit"}, self._ranks)
-                ray.wait(self._runs, num_returns=len(self._runs), timeout=_EXIT_S)
-        self._finalizer()
-
-    def _cancel(self) -> None:
-        """End a request whose caller has stopped listening, and drop what it still says."""
-        self._send({"op": "cancel"}, self._ranks[OWNER : OWNER + 1])
-        try:
-            while "result" not in self._next_reply():
-                pass
-        except (InputError, RequestError):
-            pass
-        except KeyboardInterrupt:  # who asks again must not get this request's replies
-            self._stop("the engine was stopped while a request was being cancelled")
-            raise
-
-    def _send(self, message: dict[str, Any], ranks: Sequence[Any]) -> None:
-        encoded: Any = json.dumps(message).encode()
+    def post(self, encoded: bytes, ranks: Sequence[int]) -> None:
+        message: Any = encoded
         if len(encoded) > _INLINE_BYTES:
-            encoded = ray.put(encoded)  # one copy per node, not one per rank
-        for rank in ranks:  # that one is gone shows when its reply is awaited
-            rank.post.options(concurrency_group=INBOX).remote(encoded)
+            message = ray.put(encoded)  # one copy per node, not one per rank
+        for rank in ranks:
+            post = self._actors[rank].post.options(concurrency_group=INBOX)
+            self._posted[rank] = post.remote(message)
+
+    def ready(self, timeout_s: float, *, besides: Container[int] = ()) -> list[int]:
+        waiting = {run: rank for rank, run in enumerate(self._runs) if rank not in besides}
+        if OWNER not in besides:
+            waiting[self._heard] = OWNER
+        unread = {rank for rank in waiting.values() if self._unread[rank]}
+        if unread or not waiting:
+            return sorted(unread)
+        try:
+            if not ray.wait(list(waiting), num_returns=1, timeout=timeout_s)[0]:
+                return []
+            found, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        except (RayError, ValueError):
+            found = []
+        if not self._finalizer.alive:
+            raise EngineDeadError("the engine was closed")
+        return sorted({waiting[one] for one in found})
+
+    def receive(self, rank: int) -> bytes | None:
+        """A rank's `run` returns what nobody has taken, and raises where its process has died."""
+        unread = self._unread[rank]
+        try:
+            if not unread and rank == OWNER and _is_ready(self._heard):
+                unread.extend(ray.get(self._heard))
+                self._listen()
+            elif not unread and _is_ready(self._runs[rank]) and rank not in self._deaths:
+                self._deaths[rank] = "it has stopped to serve"
+                unread.extend(ray.get(self._runs[rank]))
+        except RayError as error:
+            self._deaths[rank] = _reason(error)
+        return unread.popleft() if unread else None
 
     def _listen(self) -> None:
-        self._heard = self._ranks[OWNER].take.options(concurrency_group=OUTBOX).remote()
+        self._heard = self._actors[OWNER].take.options(concurrency_group=OUTBOX).remote()
 
-    def _next_reply(self) -> dict[str, Any]:
-        """The owner's next message. A rank's `run` only ends when the rank does."""
-        while not self._unread:
-            try:
-                ready, _ = ray.wait([self._heard, *self._runs], num_returns=1)
-            except (RayError, ValueError):  # another thread has closed the session
-                raise EngineDeadError(self._cause or "the engine was closed") from None
-            if self._cause is not None:
-                raise EngineDeadError(self._cause)
-            if ready[0] != self._heard:
-                self._raise(self._first_cause())
-            try:
-                messages = ray.get(self._heard)
-            except RayError:
-                self._raise(self._first_cause())
-            self._unread.extend(json.loads(message) for message in messages)
-            self._listen()
-        message: dict[str, Any] = self._unread.popleft()
-        if "error" not in message:
-            return message
-        is_dead = message["kind"] == EngineDeadError.__name__
-        self._raise(self._first_cause(message) if is_dead else message)
+    @property
+    def ended(self) -> list[int]:
+        return [rank for rank, run in enumerate(self._runs) if _is_ready(run)]
 
-    def _first_cause(self, said: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What went wrong first: a process that died, else what a rank said, rank 0 last.
+    def beats(self) -> list[Beat]:
+        if not self._runs:
+            return []
+        for rank, answer in list(self._asked.items()):
+            if _is_ready(answer):
+                del self._asked[rank]
+                with contextlib.suppress(RayError):  # it has died, which its `run` tells
+                    self._beats[rank] = Beat.read(ray.get(answer))
+        if time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + _ASK_S
+            for rank in set(range(self.world_size)) - self._asked.keys():
+                beat = self._actors[rank].beat.options(concurrency_group=PULSE)
+                self._asked[rank] = beat.remote()
+        return list(self._beats)
 
-        Here is where the gang learns of a rank's end: `run` returns or raises.
-        """
-        give_up = time.monotonic() + _REPORT_S
-        waiting, causes = dict(zip(self._runs, range(len(self._runs)), strict=True)), []
-        while waiting and (left := give_up - time.monotonic()) > 0:
-            for ended in ray.wait(list(waiting), num_returns=1, timeout=left)[0]:
-                rank = waiting.pop(ended)
-                try:
-                    words = [json.loads(message) for message in ray.get(ended)]
-                except RayError as error:
-                    where = f"rank {rank} on node {self._places[rank].address}"
-                    return _dead(f"{where} {_reason(error)}")
-                causes += [word for word in words if "error" in word]
-        return next(iter([*causes, *([said] if said else [])]), _dead("a rank ended too early"))
+    @property
+    def unheard(self) -> Container[int]:
+        return self._asked.keys()
 
-    def _raise(self, message: dict[str, Any]) -> NoReturn:
-        if message["kind"] == InputError.__name__:
-            raise InputError(message["error"])
-        if message["kind"] == RequestError.__name__:
-            raise RequestError(message["error"])
-        self._stop(message["error"])
-        raise EngineDeadError(message["error"])
+    def host(self, rank: int) -> str:
+        return self._places[rank].address
 
-    def _stop(self, cause: str) -> None:
-        self._cause = cause
+    def is_stopped(self, rank: int) -> bool:
+        """As the first neighbour that answers sees it; False for a rank alone on its node."""
+        node, pid = self._places[rank].node, self._beats[rank].pid
+        asked = [
+            self._actors[other].is_stopped.options(concurrency_group=PULSE).remote(pid)
+            for other, place in enumerate(self._places)
+            if place.node == node and other != rank
+        ]
+        answered = ray.wait(asked, timeout=_QUESTION_S)[0] if asked else []
+        return bool(answered and _answer(answered[0]))
+
+    def stack_of(self, rank: int) -> str:
+        stack = self._actors[rank].stack.options(concurrency_group=PULSE)
+        return str(_answer(stack.remote()) or "")
+
+    def death(self, rank: int, request: int) -> RankFailure:
+        """Ray does not tell exit codes, and the rank's place is as old as its last heartbeat."""
+        reason = f"ended without a word ({self._deaths[rank]})"
+        return RankFailure(
+            rank,
+            self.host(rank),
+            last_heard_in(self._beats[rank]),
+            reason,
+            had_request=self._was_delivered(rank),
+        )
+
+    def _was_delivered(self, rank: int) -> bool:
+        """Whether the last message may have reached the rank."""
+        if not _is_ready(self._posted[rank]):
+            return True
+        with contextlib.suppress(RayError):
+            ray.get(self._posted[rank])
+            return True
+        return False
+
+    def wait(self) -> None:
+        ray.wait(self._runs, num_returns=len(self._runs), timeout=_EXIT_S)
+
+    def end(self) -> None:
         self._finalizer()
 
 
-def _dead(cause: str) -> dict[str, Any]:
-    return {"error": cause, "kind": EngineDeadError.__name__}
+def runs_on_gpus(config: RunConfig) -> bool:
+    """Whether ranks get a GPU each; the cluster has been joined."""
+    return config.device == "cuda" or (config.device == "auto" and count_gpus() > 0)
+
+
+def _is_ready(reference: Any) -> bool:
+    return bool(ray.wait([reference], timeout=0)[0])
+
+
+def _answer(reference: Any) -> Any:
+    """What a rank says to a question; None if it does not answer in time."""
+    try:
+        return ray.get(reference, timeout=_QUESTION_S)
+    except (GetTimeoutError, RayError):
+        return None
 
 
 def _reason(error: RayError) -> str:
     """What happened to a rank, in a few words out of Ray's paragraphs."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if missing := next((line for line in lines if "No module named" in line), None):
         return missing.partition("Error: ")[2] or missing
     if isinstance(error, RayActorError):
         detail = next((line for line in lines if "dead because" in line), lines[0])
-        return f"ended without a word ({detail.partition('. ')[0].rstrip('.')})"
-    return f"failed: {lines[-1]}"
+        return detail.partition(". ")[0].rstrip(".")
+    return lines[-1]
 
 
-def _end(ranks: Sequence[Any], groups: Sequence[PlacementGroup], leaves: bool) -> None:
-    """Kill the actors, give their resources back and leave the cluster."""
+def _end(actors: Sequence[Any], group: PlacementGroup) -> None:
+    """Kill the actors and give their resources back."""
     if not ray.is_initialized():  # who left the cluster has ended them
         return
     with contextlib.suppress(RayError):
-        for rank in ranks:
-            ray.kill(rank)
-        for group in groups:
-            remove_placement_group(group)
-    if leaves:
-        ray.shutdown()
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(group)

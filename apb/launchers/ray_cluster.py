@@ -7,17 +7,13 @@ import os
 import signal
 import socket
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from apb.errors import InputError
 from apb.launcher_config import RayLauncherConfig
@@ -36,14 +32,27 @@ class Place(NamedTuple):
     address: str
 
 
-def connect(address: str) -> bool:
-    """Join the cluster; returns whether this process has to leave it again.
+class Cluster:
+    """A connection to a Ray cluster, which a process has once."""
 
-    Raises:
-        InputError: there is none, or it runs other versions of Ray or Python.
-    """
-    if ray.is_initialized():
-        return False
+    def __init__(self, address: str) -> None:
+        """Join the cluster, unless this process has already.
+
+        Raises:
+            InputError: there is none, or it runs other versions of Ray or Python.
+        """
+        self._leave = weakref.finalize(self, ray.shutdown)
+        if ray.is_initialized():
+            self._leave.detach()
+        else:
+            _connect(address)
+
+    def leave(self) -> None:
+        """Leave if this has joined; repeating it does no harm."""
+        self._leave()
+
+
+def _connect(address: str) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
@@ -63,7 +72,6 @@ def connect(address: str) -> bool:
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
-    return True
 
 
 def _knock(address: str) -> None:
@@ -85,26 +93,28 @@ def bundle(config: RayLauncherConfig, *, gpu: bool) -> dict[str, float]:
 
 
 def reserve(config: RayLauncherConfig, wanted: Mapping[str, float], ranks: int) -> PlacementGroup:
-    """A placement group with `wanted` for each of the ranks.
+    """Ask for a placement group with `wanted` for each of the ranks, and do not wait for it."""
+    group: PlacementGroup = placement_group([dict(wanted)] * ranks, strategy=config.strategy.value)
+    return group
+
+
+def await_room(
+    group: PlacementGroup, config: RayLauncherConfig, wanted: Mapping[str, float]
+) -> None:
+    """Wait for a group that was reserved.
 
     Raises:
         InputError: the cluster has not had room within the time given.
     """
-    group: PlacementGroup = placement_group([dict(wanted)] * ranks, strategy=config.strategy.value)
     # An infeasible group never fails by itself.
-    try:
-        if group.wait(min(_PATIENCE_S, config.placement_timeout_s)):
-            return group
-        _LOG.info("waiting for %s", _shortage(wanted, ranks))
-        if group.wait(max(0, config.placement_timeout_s - _PATIENCE_S)):
-            return group
-    except BaseException:
-        remove_placement_group(group)
-        raise
-    shortage = _shortage(wanted, ranks)
-    remove_placement_group(group)
+    if group.wait(min(_PATIENCE_S, config.placement_timeout_s)):
+        return
+    _LOG.info("waiting for %s", _shortage(wanted, group.bundle_count))
+    if group.wait(max(0, config.placement_timeout_s - _PATIENCE_S)):
+        return
     raise InputError(
-        f"no room after launcher.placement_timeout_s={config.placement_timeout_s}: {shortage}; "
+        f"no room after launcher.placement_timeout_s={config.placement_timeout_s}: "
+        f"{_shortage(wanted, group.bundle_count)}; "
         "start fewer ranks (world_size), add nodes, or let the job that holds them end"
     )
 

@@ -1,4 +1,4 @@
-"""A rank inside a Ray actor: its life is `run`, the other methods are its mail and its facts."""
+"""A rank inside a Ray actor: its life is `run`, the other methods are its mail and its pulse."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import os
 import platform
 import socket
 import struct
+import sys
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
+
+from apb.heartbeat import private_slot
+from apb.launchers.process_state import is_stopped
 
 PASSED_ON = (
     *("APB_HOME", "APB_FAULTS", "APB_LOG_*", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_*"),
@@ -21,7 +28,8 @@ PASSED_ON = (
 )
 """Variables of the driver that ranks get. A list of what is let through, not of what is held back:
 keys and tokens stay where they are."""
-INBOX, OUTBOX = "inbox", "outbox"
+INBOX, OUTBOX, PULSE = "inbox", "outbox", "pulse"
+"""Concurrency groups of the actor's methods."""
 _SIOCGIFADDR = 0x8915
 
 
@@ -55,32 +63,21 @@ class Mailbox:
 
 
 class RankActor:
-    """One rank. `run` occupies it for its whole life, `post` and `take` come in beside that.
+    """One rank. `run` occupies it for its whole life; mail and questions come in beside that.
 
     Args:
-        rank: of the gang; `local_rank` counts those of its node.
         environment: variables for this process, where the node has not set them otherwise.
         folder: the driver's working directory, used where the node has it too.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        world_size: int,
-        local_rank: int,
-        local_world_size: int,
-        environment: Mapping[str, str],
-        folder: str,
-    ) -> None:
-        self._rank, self._world_size, self._local_rank = rank, world_size, local_rank
+    def __init__(self, environment: Mapping[str, str], folder: str) -> None:
         for name, value in environment.items():
             os.environ.setdefault(name, value)
-        os.environ["LOCAL_RANK"] = str(local_rank)
-        os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
         if os.path.isdir(folder):
             os.chdir(folder)
         self._mailbox = Mailbox()
+        self._slot = private_slot()
+        self._thread: int | None = None
         self._store: Any = None  # of rank 0, which hosts it
 
     def facts(self) -> dict[str, str]:
@@ -95,26 +92,41 @@ class RankActor:
         port: int = self._store.port
         return port
 
-    def run(self, address: str, store: tuple[str, int]) -> list[bytes]:
+    def run(
+        self,
+        rank: int,
+        world_size: int,
+        *,
+        local_rank: int,
+        local_world_size: int,
+        address: str,
+        store: tuple[str, int],
+    ) -> list[bytes]:
         """Serve requests until told to end; returns what nobody has taken, such as an error.
 
         Args:
+            local_rank: counts the ranks of this node, `local_world_size` in all.
             address: of this node, where its peers reach it.
             store: address and port of the store.
         """
         from apb.stores import reach_store
-        from apb.worker import serve
+        from apb.worker import receive, serve
 
-        with contextlib.suppress(PermissionError):  # Ray's processes yield to all others
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
+        self._thread = threading.get_ident()
+        _as_nice_as_its_parent()
         if (interface := interface_of(address)) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ["LOCAL_RANK"] = str(local_rank)
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
         serve(
             self._mailbox,
-            self._rank,
-            self._world_size,
-            local_rank=self._gpu_index(),
+            receive(self._mailbox),
+            rank,
+            world_size,
             store=self._store or reach_store(*store),
+            local_rank=_gpu_of_this_actor(local_rank),
+            slot=self._slot,
+            host=address,
         )
         return self._mailbox.take(wait=False)
 
@@ -126,13 +138,41 @@ class RankActor:
         """What the rank says; waits until it says something."""
         return self._mailbox.take(wait=True)
 
-    def _gpu_index(self) -> int:
-        import ray
+    def beat(self) -> list[int]:
+        """The rank's heartbeat, as `Beat.read` takes it."""
+        return self._slot.tolist()
 
-        assigned = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-        if not assigned:
-            return self._local_rank
-        return gpu_index(assigned[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
+    def stack(self) -> str:
+        """What the rank's own thread is at."""
+        frame = sys._current_frames().get(self._thread or 0)
+        return "".join(traceback.format_stack(frame)).rstrip() if frame else ""
+
+    def is_stopped(self, pid: int) -> bool:
+        """Whether a signal has stopped another process of this node."""
+        return is_stopped(pid)
+
+
+def _as_nice_as_its_parent() -> None:
+    """Undo what Ray adds to the niceness of its processes, which yield to all others, if allowed.
+
+    Of every thread: Linux counts them apart, and those that carry mail must not starve beside
+    ranks that compute.
+    """
+    niceness = os.getpriority(os.PRIO_PROCESS, os.getppid())
+    tasks = Path("/proc/self/task")
+    threads = [int(task.name) for task in tasks.iterdir()] if tasks.exists() else [0]
+    for thread in threads:
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
+
+
+def _gpu_of_this_actor(local_rank: int) -> int:
+    import ray
+
+    assigned = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    if not assigned:
+        return local_rank
+    return gpu_index(assigned[0], os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def installed_versions() -> dict[str, str]:

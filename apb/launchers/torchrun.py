@@ -26,6 +26,11 @@ class TorchrunSession(Session):
     """One rank of a gang that torchrun, Slurm or the caller has started."""
 
     def __init__(self, config: RunConfig) -> None:
+        if config.on_rank_loss == "degrade":
+            raise InputError(
+                "on_rank_loss=degrade needs ranks that apb starts itself (launcher=local or ray): "
+                "torchrun starts all of them again or none (--max-restarts)"
+            )
         if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             raise InputError(
                 "launcher=torchrun needs RANK and WORLD_SIZE in the environment: start with "

@@ -16,13 +16,13 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from apb.errors import EngineDeadError, RankFailure
 from apb.heartbeat import Beat, Pulse, Stage
+from apb.launchers.process_state import is_gone
 from apb.launchers.rendezvous import Store
-from apb.supervision import LOOK_S, Blame, Report, SupervisionConfig, Watcher
+from apb.supervision import Blame, Report, SupervisionConfig, Watcher, last_heard_in
 
 _BEAT_S = 0.5
 _EXPLAIN_S = 3.0
@@ -56,12 +56,10 @@ class StoreWatch:
         config: SupervisionConfig,
     ) -> None:
         self._store, self._pulse, self._rank = store, pulse, rank
-        self._config, self._watcher = config, Watcher(config)
+        self._watcher = Watcher(config)
         self._host, self._parent, self._turn = socket.gethostname(), os.getppid(), 0
         self._keys = [f"beat{rank}" for rank in range(world_size)]
         self._signs = [_Sign()] * world_size
-        self._looked_at = time.monotonic()
-        self._heard_at = [self._looked_at] * world_size
         self._has_failed, self._stopping = threading.Event(), threading.Event()
         self._publish()
         self._thread = threading.Thread(target=self._run, name="apb-watch", daemon=True)
@@ -112,39 +110,34 @@ class StoreWatch:
 
     def _judge(self) -> RankFailure | None:
         """The failure that the heartbeats reveal, told to all."""
-        now = time.monotonic()
-        if now - self._looked_at > LOOK_S:
-            self._heard_at = [now] * len(self._keys)
-        self._looked_at = now
         if not self._store.check(self._keys):
             return None
+        now, unheard = time.monotonic(), set[int]()
         for rank, text in enumerate(self._store.multi_get(self._keys)):
             turn, host, beat = json.loads(text)
-            if turn != self._signs[rank].turn:
-                self._signs[rank] = _Sign(turn, host, Beat.read(beat))
-                self._heard_at[rank] = now
+            if turn == self._signs[rank].turn:
+                unheard.add(rank)
+            self._signs[rank] = _Sign(turn, host, Beat.read(beat))
+        stall = self._watcher.observe([sign.beat for sign in self._signs], now, unheard=unheard)
         failure = self._lost(now)
-        stall = self._watcher.observe([sign.beat for sign in self._signs], now)
         if failure is None and stall is not None:
             failure = stall.failure(self._host_of(stall.rank))
         return None if failure is None else self._agree(failure)
 
     def _lost(self, now: float) -> RankFailure | None:
-        """A rank whose process has ended, or from which nothing comes.
+        """A rank whose process has ended or, once this one has lost a peer, is likely to have.
 
-        One that is between requests may have ended in order, and need not say anything unless
-        others are in a request.
+        One that is between requests may have ended in order.
         """
         failed = self._has_failed.is_set()
-        active = any(sign.beat.stage not in _DONE for sign in self._signs)
         for rank, (_, host, beat) in enumerate(self._signs):
-            place, silent_s = f"last heard of in {beat.place}", now - self._heard_at[rank]
+            place, silent_s = last_heard_in(beat), self._watcher.silence_s(rank, now)
             if beat.stage is Stage.LEFT:
                 continue
             watched = host == self._host and (failed or beat.stage is not Stage.IDLE)
-            if watched and _is_gone(beat.pid):
+            if watched and is_gone(beat.pid):
                 return RankFailure(rank, host, place, "ended without a word")
-            if active and silent_s > (_SILENT_S if failed else self._config.heartbeat_s):
+            if failed and silent_s > _SILENT_S:
                 reason = f"has not been heard of for {silent_s:.1f} s"
                 return RankFailure(rank, host, place, reason)
         return None
@@ -189,12 +182,3 @@ class StoreWatch:
 
     def _host_of(self, rank: int | None) -> str:
         return self._host if rank is None else self._signs[rank].host
-
-
-def _is_gone(pid: int) -> bool:
-    """Whether a process of this machine has ended, if the system says so."""
-    if not Path("/proc/self/stat").exists():
-        return False
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    return True

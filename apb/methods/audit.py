@@ -72,9 +72,9 @@ class Auditor:
             [(position, block) for position, block in rows if block.rank == rank]
             for rank in range(layout.world_size)
         ]
-        self._heads = _spread(shape.num_heads, sample.heads)
+        self._heads = spread_indices(shape.num_heads, sample.heads)
         self._group = shape.num_heads // shape.num_kv_heads
-        self._layers = frozenset(_spread(shape.num_layers, sample.layers))
+        self._layers = frozenset(spread_indices(shape.num_layers, sample.layers))
         self._found: list[tuple[int, float, float]] = []
 
     def observe(self, layer: LayerInputs, rows: RankRows, out_THD: Tensor, k_KUD: Tensor) -> None:
@@ -171,7 +171,7 @@ def _lse(scores: Tensor, visible: Tensor) -> Tensor:
     return scores.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
 
 
-def _spread(total: int, count: int) -> Sequence[int]:
+def spread_indices(total: int, count: int) -> Sequence[int]:
     """At most `count` indices, evenly over ``range(total)``."""
     count = min(count, total)
     return [total * (2 * index + 1) // (2 * count) for index in range(count)]

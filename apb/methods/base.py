@@ -15,6 +15,7 @@ from apb.compress.base import CompressorTarget
 from apb.cost import ModelShape, Workload
 from apb.methods.audit import Auditor
 from apb.methods.plan import PlanRequest, PrefillPlan, RankRows
+from apb.trace.recorder import OFF, Trace
 
 Attend = Callable[[LayerInputs], Tensor]
 """One layer's attention as the model calls it: all rows in, ``out_THD`` back."""
@@ -37,6 +38,7 @@ class PrefillContext:
     backend: AttentionBackend
     step: int
     auditor: Auditor | None = None
+    trace: Trace = OFF
 
 
 class AttentionMethod(ABC):

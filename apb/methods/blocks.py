@@ -20,6 +20,7 @@ from apb.methods.base import Attend, AttentionMethod, MethodConfig, PrefillConte
 from apb.methods.exchange import ContextExchange, UpstreamRoom
 from apb.methods.plan import AnchorForm, PrefillPlan
 from apb.methods.wire import WireFormat
+from apb.trace.records import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,8 @@ class _BlockPrefill:
         self._context.cache.write(layer.layer_idx, layer.k_KTD[:, local], layer.v_KTD[:, local])
         plan = self._context.plan.in_layer(layer.layer_idx)
         exchange = self._exchange(plan)
-        message_NY = self._message(layer, exchange)
+        with self._context.trace.span(Phase.COMPRESS, layer.layer_idx):
+            message_NY = self._message(layer, exchange)
         pending = exchange.start(layer, message_NY)
         if not self._overlap:
             pending.wait()

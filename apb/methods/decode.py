@@ -8,6 +8,7 @@ from torch import Tensor
 from apb.attention.base import AttentionBackend, LayerInputs, Segment
 from apb.cache import KVCacheShard
 from apb.comm import Communicator, Kind, Tag
+from apb.methods.attended import BlockObserver
 
 FEW_ROWS = 64
 """Up to so many new rows attend to all keys in one piece, under a mask over the new ones."""
@@ -22,8 +23,15 @@ class ShardedDecode:
     is a causal rule applied; one gather per layer carries all partials, merged in rank order.
     """
 
-    def __init__(self, cache: KVCacheShard, comm: Communicator, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        cache: KVCacheShard,
+        comm: Communicator,
+        backend: AttentionBackend,
+        observer: BlockObserver | None = None,
+    ) -> None:
         self._cache, self._comm, self._backend = cache, comm, backend
+        self._observer = observer
         self._step = 0
         self._visible_TT: Tensor | None = None
 
@@ -38,12 +46,14 @@ class ShardedDecode:
     def attend(self, layer: LayerInputs) -> Tensor:
         """Attention of the new rows ``out_THD``, the same on every rank."""
         partial = self._backend.attend(layer.q_HTD, self._segments(layer), scale=layer.scale)
-        if self._comm.world_size == 1:
-            return partial.out_THD
-        packed_THE = torch.cat([partial.out_THD.float(), partial.lse_TH[..., None]], dim=-1)
-        tag = Tag(self._step, layer.layer_idx, Kind.PARTIAL)
-        gathered_RTHE = self._comm.all_gather(packed_THE, tag).wait()
-        return self._backend.merge(gathered_RTHE).out_THD
+        if self._comm.world_size > 1:
+            packed_THE = torch.cat([partial.out_THD.float(), partial.lse_TH[..., None]], dim=-1)
+            tag = Tag(self._step, layer.layer_idx, Kind.PARTIAL)
+            gathered_RTHE = self._comm.all_gather(packed_THE, tag).wait()
+            partial = self._backend.merge(gathered_RTHE)
+        if self._observer is not None:
+            self._observer.observe(layer, partial.lse_TH)
+        return partial.out_THD
 
     def _segments(self, layer: LayerInputs) -> list[Segment]:
         num_rows = layer.q_HTD.shape[1]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from apb.cost import CostModel
 from apb.layout import Block, LayoutPolicy, SequenceLayout, choose_num_blocks
@@ -185,6 +186,27 @@ class PrefillPlan:
             blocks.append((block, slice(start, len(token_ids))))
         local = slice(local_start, len(token_ids))
         return RankRows(tuple(token_ids), tuple(positions), anchor, local, tuple(blocks))
+
+
+class Reduced(NamedTuple):
+    """Ranks that read the blocks of a larger gang, of which some ranks were lost."""
+
+    world_size: int
+    """Of the larger gang."""
+    cause: str
+    """Who was lost, as a sentence."""
+
+    def dealt(self, plan: PrefillPlan, world_size: int) -> PrefillPlan:
+        """The larger gang's plan on the ranks that are left, with a note.
+
+        Any method runs it: what block b computes does not depend on the rank that it is on.
+        """
+        layout = plan.layout.dealt_to(world_size)
+        note = (
+            f"{self.cause}, so that {world_size} of {self.world_size} ranks read "
+            f"{len(layout.blocks)} blocks"
+        )
+        return replace(plan, layout=layout, notes=(*plan.notes, note))
 
 
 def cut_context(

@@ -51,6 +51,10 @@ class AnswerText:
         piece, self._held = piece + self._held, ""
         return piece
 
+    def token_texts(self) -> list[str]:
+        """Each token as text of its own; a stop token is not among them."""
+        return [self._decode(index, index + 1) for index in range(len(self._tokens))]
+
     def _decode(self, start: int, stop: int) -> str:
         return str(self._tokenizer.decode(self._tokens[start:stop], skip_special_tokens=True))
 

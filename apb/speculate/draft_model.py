@@ -225,4 +225,9 @@ class DraftModelConfig(DrafterConfig):
         vocabulary = frequent_tokens(
             self.vocabulary, self.vocabulary_size, target, vocab_size=vocab_size
         )
-        return TrimmedHeads(head_VM[:vocab_size], vocabulary, document_ids=self.document_ids)
+        return TrimmedHeads(
+            head_VM[:vocab_size],
+            vocabulary,
+            document_ids=self.document_ids,
+            dtype=head_VM.dtype,
+        )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apb.errors import InputError
-from apb.packed import pack_linears
+from apb.packed import has_fast_bf16, pack_linears
 from apb.rotary import Rotary
 from apb.speculate.base import (
     Drafter,
@@ -63,7 +63,7 @@ class EagleDrafter(Drafter):
     ) -> None:
         """`lm_head_for` gives the rows for a prompt. The cache is the drafter's alone."""
         self.needs = needs
-        self._head, self._cache = head, cache
+        self._head, self._cache, self._dtype = head, cache, cache.dtype
         self._embedding_VM, self._lm_head_for = embedding_VM, lm_head_for
         self._lm_head: LmHead | None = None
         self._depth, self._topk = depth, topk
@@ -123,7 +123,7 @@ class EagleDrafter(Drafter):
         states_TE = torch.cat([states_TE for _, states_TE in unread])[seen_T.to(device)]
         chunks = (rows.to(device).split(size) for rows in (ids_T, positions_T, states_TE))
         for ids_T, positions_T, states_TE in zip(*chunks, strict=True):
-            states_TM = self._head.combined(states_TE)
+            states_TM = self._head.combined(states_TE.to(self._dtype))
             attend = self._cache.extend(positions_T)
             embeds_TM = self._embedded(ids_T)
             output = self._head(embeds_TM, states_TM, positions_T, attend, wanted=slice(-1, None))
@@ -171,7 +171,7 @@ class EagleDrafter(Drafter):
         )
 
     def _embedded(self, ids_T: Tensor) -> Tensor:
-        return F.embedding(ids_T, self._embedding_VM)
+        return F.embedding(ids_T, self._embedding_VM).to(self._dtype)
 
     def _scored(self, x_TM: Tensor, count: int) -> tuple[Tensor, Tensor]:
         assert self._lm_head is not None, "extend_tree before begin"
@@ -195,6 +195,7 @@ class EagleConfig(DrafterConfig):
         entering: layers of the target whose incoming states an EAGLE-3 head reads.
         norm_before_residual: of EAGLE-3; None is what the head's files say.
         norm_output: of EAGLE-3.1; None is what the head's files say.
+        bf16: draft in bfloat16 where the device multiplies it fast, also beside an fp32 target.
     """
 
     head: str = ""
@@ -207,6 +208,7 @@ class EagleConfig(DrafterConfig):
     entering: list[int] | None = None
     norm_before_residual: bool | None = None
     norm_output: bool | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         DrafterConfig.__post_init__(self)
@@ -222,9 +224,14 @@ class EagleConfig(DrafterConfig):
         if weight_CM is None:
             head_VM = target.head()
             weight_CM = head_VM if ids_C is None else head_VM[ids_C.to(head_VM.device)]
-        weight_CM = weight_CM.to(target.device, target.dtype)
+        weight_CM = weight_CM.to(target.device, self.dtype(target))
         lm_head = LmHead(weight_CM, None if ids_C is None else ids_C.to(target.device))
         return self.drafter(target, checkpoint, lambda prompt_ids: lm_head)
+
+    def dtype(self, target: DraftTarget) -> torch.dtype:
+        """That of the head and of the rows that it scores."""
+        half = self.bf16 and has_fast_bf16(target.device)
+        return torch.bfloat16 if half else target.dtype
 
     def checkpoint(self, target: DraftTarget) -> EagleCheckpoint:
         folder = Path(self.head)
@@ -259,7 +266,7 @@ class EagleConfig(DrafterConfig):
         checkpoint: EagleCheckpoint,
         lm_head_for: Callable[[Sequence[int]], LmHead],
     ) -> EagleDrafter:
-        device, dtype = target.device, target.dtype
+        device, dtype = target.device, self.dtype(target)
         head = checkpoint.head.to(device, dtype).requires_grad_(False)
         pack_linears(head)
         inv_freq_F, scaling = head.rotary

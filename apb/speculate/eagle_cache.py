@@ -61,6 +61,10 @@ class WindowedCache:
         self._length = 0
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._kv_LXKSD.dtype
+
+    @property
     def positions(self) -> list[int]:
         """Of the rows of the text that are held."""
         held: list[int] = self._positions_S[: self._length].tolist()

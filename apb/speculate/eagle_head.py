@@ -225,5 +225,10 @@ class Eagle2Head(EagleHead):
         return HeadOutput(x_TM, x_TM)
 
 
+class _RmsNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))  # which is another one under autocast
+
+
 def rms_norm(shape: HeadShape, size: int | None = None) -> nn.RMSNorm:
-    return nn.RMSNorm(shape.hidden_size if size is None else size, eps=shape.norm_eps)
+    return _RmsNorm(shape.hidden_size if size is None else size, eps=shape.norm_eps)

@@ -37,8 +37,12 @@ class FrSpecConfig(EagleConfig):
                 "its own, which drafter=frspec cannot trim: use drafter=eagle"
             )
         weight_VM = target.head() if checkpoint.lm_head_CM is None else checkpoint.lm_head_CM
-        weight_VM = weight_VM.to(target.device, target.dtype)
-        heads = TrimmedHeads(weight_VM, self._vocabulary(target), document_ids=self.document_ids)
+        heads = TrimmedHeads(
+            weight_VM.to(target.device),
+            self._vocabulary(target),
+            document_ids=self.document_ids,
+            dtype=self.dtype(target),
+        )
         return self.drafter(target, checkpoint, heads)
 
     def _vocabulary(self, target: DraftTarget) -> DraftVocabulary:

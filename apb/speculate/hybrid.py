@@ -134,6 +134,8 @@ class HybridConfig(FrSpecConfig):
     width: int = 8
     use_head: bool = True
     enough: float = 4.0
+    min_chance: float = 0.3
+    bf16: bool = True
 
     def __post_init__(self) -> None:
         FrSpecConfig.__post_init__(self)

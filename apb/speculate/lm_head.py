@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from apb.packed import product
@@ -38,17 +39,23 @@ class TrimmedHeads:
     """For each prompt the rows of frequent tokens, and of the prompt's own if wanted (FR-Spec)."""
 
     def __init__(
-        self, weight_VM: Tensor, vocabulary: DraftVocabulary, *, document_ids: bool
+        self,
+        weight_VM: Tensor,
+        vocabulary: DraftVocabulary,
+        *,
+        document_ids: bool,
+        dtype: torch.dtype,
     ) -> None:
+        """`dtype` is that of the rows that are scored."""
         self._weight_VM, self._vocabulary = weight_VM, vocabulary
-        self._document_ids = document_ids
+        self._document_ids, self._dtype = document_ids, dtype
 
     def __call__(self, prompt_ids: Sequence[int]) -> LmHead:
         vocab_size = self._weight_VM.shape[0]
         known = (token_id for token_id in prompt_ids if token_id < vocab_size)
         vocabulary = self._vocabulary.with_ids(known if self._document_ids else ())
         ids_C = vocabulary.token_ids_C.to(self._weight_VM.device)
-        return LmHead(self._weight_VM[ids_C], ids_C)
+        return LmHead(self._weight_VM[ids_C].to(self._dtype), ids_C)
 
 
 def frequent_tokens(

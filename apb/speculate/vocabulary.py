@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apb.errors import InputError
+from apb.files import written_whole
 
 SUFFIXES = (".safetensors", ".pt")
 """Of frequency lists."""
@@ -48,7 +49,7 @@ class DraftVocabulary:
     keeps its full head, so what is missing costs acceptance and never changes an answer.
 
     Attributes:
-        token_ids_C: distinct, most frequent first.
+        token_ids_C: distinct, the best ranked first.
         counts_C: occurrences in the corpus, where they are known.
         corpus_tokens: of the whole corpus, whether listed or not.
         tokenizer_hash: `DraftTarget.tokenizer_hash` of the model whose ids these are.
@@ -74,14 +75,17 @@ class DraftVocabulary:
         size: int,
         *,
         stop_ids: Collection[int],
+        weights_V: Tensor | None = None,
         tokenizer_hash: str | None = None,
         corpus: str = "",
     ) -> DraftVocabulary:
         """The `size` most frequent ids, all stop tokens among them; of equals the lower ids.
 
-        `counts_V` has the occurrences of every id of the vocabulary.
+        `counts_V` has the occurrences of every id of the vocabulary; where a corpus has parts that
+        do not weigh what they count, ids are ranked by `weights_V`.
         """
-        order_V = counts_V.argsort(descending=True, stable=True)
+        ranking_V = counts_V if weights_V is None else weights_V
+        order_V = ranking_V.argsort(descending=True, stable=True)
         total = int(counts_V.sum())
         everything = cls(order_V, counts_V[order_V], total, tokenizer_hash, corpus)
         return everything.first(size, stop_ids)
@@ -164,14 +168,12 @@ class DraftVocabulary:
             InputError: it is neither, or cannot be written there.
         """
         path = checked_path(path, to_write=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(self._as_pt() if path.suffix == ".pt" else self._as_safetensors())
-            os.replace(temporary, path)
+            with written_whole(path) as scratch:
+                is_pt = path.suffix == ".pt"
+                scratch.write_bytes(self._as_pt() if is_pt else self._as_safetensors())
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _as_pt(self) -> bytes:
         buffer = io.BytesIO()

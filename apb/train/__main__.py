@@ -1,15 +1,21 @@
-"""`python -m apb.train eagle +model=NAME data=PATH[,PATH...] output=FOLDER [more]`
+"""`python -m apb.train answers +model=NAME data=PATH[,PATH...] output=FILE.jsonl [more]`
+`python -m apb.train eagle +model=NAME data=PATH[,PATH...] output=FOLDER [more]`
 `python -m apb.train retaining_heads +model=NAME data=PATH[,PATH...] output=FOLDER [more]`
 
-Both leave weights and a model card in FOLDER, and go on where an interrupted run stopped.
+The last two leave weights and a model card in FOLDER. All go on where an interrupted run stopped.
 
 data=PATH,...       text files, folders of them, .jsonl; each may be gzipped (.gz)
 field=NAME          of the records in a .jsonl: text, for eagle token ids as well (text)
 work=FOLDER         state of training, for eagle features too (OUTPUT/work)
 steps=N held_out=N seed=N
 
+answers asks the model about passages of texts: what it says itself teaches drafting heads most, and
+ranks tokens best in python -m apb.frequency (generations= there and in eagle).
+count=N prompt=N max_tokens=N batch=N seed=N    (2000 answers, 320, 128, 32 at a time, 0)
+
 eagle distils an EAGLE-2 head from the model's hidden states on texts: what drafter.head= takes.
 vocabulary=FILE     list of python -m apb.frequency to train for; without one, all tokens
+generations=PATH,.. what `answers` wrote; comes before data, one of the two is enough
 lessons=N length=N  sequences to learn from and their tokens (1600, 256)
 steps=N batch=N unroll=N held_out=N seed=N intermediate_size=N  (1000, 4, 3, 32, 0, the target's)
 
@@ -29,9 +35,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from apb.errors import ApbError, InputError
-from apb.train import eagle_command, retaining_command
+from apb.train import answers_command, eagle_command, retaining_command
 
 _COMMANDS: Mapping[str, Callable[[Sequence[str], str], list[str]]] = {
+    "answers": answers_command.run,
     "eagle": eagle_command.run,
     "retaining_heads": retaining_command.run,
 }

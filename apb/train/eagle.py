@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apb.errors import InputError
+from apb.files import written_whole
+from apb.packed import has_fast_bf16
 from apb.speculate.eagle_head import EagleHead
-from apb.train.features import FeatureFolder
-from apb.train.unroll import drafted_states, step_loss
+from apb.train.features import FeatureFolder, Features
+from apb.train.unroll import drafted_rows, drafted_states, step_loss
 
 _STATE = "training.pt"
 _BATCH_HELD_OUT = 8
@@ -97,6 +98,8 @@ class EagleTrainer:
             head.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
         )
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
+        self._device = self._teacher.rows_CM.device
+        self._half = has_fast_bf16(self._device)
         self._step, self.seconds = 0, 0.0
         if self._path.exists():
             self._resume()
@@ -106,7 +109,8 @@ class EagleTrainer:
         recipe, started = self._recipe, time.perf_counter() - self.seconds
         bar = tqdm(total=recipe.steps, initial=self._step, desc="training", disable=None)
         for batch in self._batches():
-            loss, shown = self._loss(*self._features.read(batch))
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+                loss, shown = self._loss(self._read(batch))
             self._optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
@@ -120,19 +124,25 @@ class EagleTrainer:
                 self._save()
         bar.close()
 
-    def _loss(self, tokens_BL: Tensor, states_BLM: Tensor) -> tuple[Tensor, str]:
-        recipe = self._recipe
-        embeds_BTM = self._teacher.embedding_VM[tokens_BL[:, 1:]]
-        wanted_BTM = states_BLM[:, 1:]
-        total = embeds_BTM.new_zeros(())
+    def _read(self, lessons: Sequence[int]) -> Features:
+        return Features(*(value.to(self._device) for value in self._features.read(lessons)))
+
+    def _loss(self, lessons: Features) -> tuple[Tensor, str]:
+        recipe, rows_CM = self._recipe, self._teacher.rows_CM
+        wanted_BTM = lessons.states_NLM[:, 1:]
+        total = wanted_BTM.new_zeros(())
         parts = []
-        drafts = drafted_states(self.head, embeds_BTM, states_BLM[:, :-1], recipe.unroll)
-        for depth, drafted_BTM in enumerate(drafts):
-            loss = step_loss(drafted_BTM, wanted_BTM, self._teacher.rows_CM, depth)
+        for depth, drafted_BTM in enumerate(self._drafts(lessons, recipe.unroll)):
+            rows_BT = drafted_rows(lessons.drafted_NL, depth)
+            loss = step_loss(drafted_BTM[rows_BT], wanted_BTM[rows_BT], rows_CM)
             weight = recipe.decay**depth
             total = total + weight * (loss.tokens + recipe.state_weight * loss.states)
             parts.append(f"{loss.tokens.item():.2f}+{loss.states.item():.2f}")
         return total, " ".join(parts)
+
+    def _drafts(self, lessons: Features, steps: int) -> Iterator[Tensor]:
+        embeds_BTM = self._teacher.embedding_VM[lessons.tokens_NL[:, 1:]]
+        return drafted_states(self.head, embeds_BTM, lessons.states_NLM[:, :-1], steps)
 
     def _batches(self) -> Iterator[list[int]]:
         """Lessons of the steps that are left; each epoch in an order of its own."""
@@ -163,15 +173,13 @@ class EagleTrainer:
         hits, counts = [0] * depth, [0] * depth
         for start in range(0, self._recipe.held_out, _BATCH_HELD_OUT):
             stop = min(start + _BATCH_HELD_OUT, self._recipe.held_out)
-            tokens_BL, states_BLM = self._features.read(range(start, stop))
-            wanted_BT = torch.stack([(x @ head_VM.T).argmax(-1) for x in states_BLM[:, 1:]])
-            embeds_BTM = self._teacher.embedding_VM[tokens_BL[:, 1:]]
-            drafts = drafted_states(self.head, embeds_BTM, states_BLM[:, :-1], depth)
-            for step, drafted_BTM in enumerate(drafts):
-                best_BT = (drafted_BTM[:, step:] @ self._teacher.rows_CM.T).argmax(-1)
-                hit_BT = self._teacher.ids_C[best_BT] == wanted_BT[:, step:]
-                hits[step] += int(hit_BT.sum())
-                counts[step] += hit_BT.numel()
+            lessons = self._read(range(start, stop))
+            for step, drafted_BTM in enumerate(self._drafts(lessons, depth)):
+                rows_BT = drafted_rows(lessons.drafted_NL, step)
+                wanted_R = (lessons.states_NLM[:, 1:][rows_BT] @ head_VM.T).argmax(-1)
+                best_R = (drafted_BTM[rows_BT] @ self._teacher.rows_CM.T).argmax(-1)
+                hits[step] += int((self._teacher.ids_C[best_R] == wanted_R).sum())
+                counts[step] += len(wanted_R)
         return HeldOut(tuple(hit / count for hit, count in zip(hits, counts, strict=True)))
 
     def _save(self) -> None:
@@ -182,9 +190,8 @@ class EagleTrainer:
             "head": self.head.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        scratch = self._path.with_suffix(".tmp")
-        torch.save(state, scratch)
-        os.replace(scratch, self._path)
+        with written_whole(self._path) as scratch:
+            torch.save(state, scratch)
 
     def _resume(self) -> None:
         state = torch.load(self._path, weights_only=True)

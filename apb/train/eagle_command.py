@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 
 from apb.arguments import parse_words, paths_of, whole_number
 from apb.config import RunConfig, compose_config
-from apb.corpus import find_texts
+from apb.corpus import find_records, find_texts
 from apb.errors import InputError
-from apb.hf.model import CausalLM, load_config
+from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.target import HfTarget
 from apb.hf.tokenizer import load_tokenizer, stop_ids, vocabulary_hash
 from apb.speculate.eagle_head import Eagle2Head, HeadShape
@@ -21,20 +22,23 @@ from apb.speculate.vocabulary import DraftVocabulary
 from apb.train.eagle import EagleTrainer, HeldOut, Recipe, Teacher
 from apb.train.export import head_config, write_head
 from apb.train.features import FeatureFolder, FeatureSpec, compute_features
-from apb.train.lessons import make_lessons
+from apb.train.lessons import answered_lessons, make_lessons
 from apb.worker import choose_device
 
 _DEPTH = 4
 """Steps of drafting in the figures."""
+_MAX_TOKENS = 2048
+"""Of a prompt with its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What to train on and where to write."""
 
-    data: tuple[str, ...]
     output: Path
     work: Path
+    data: tuple[str, ...] = ()
+    generations: tuple[str, ...] = ()
     text_field: str = "text"
     vocabulary: str | None = None
     lessons: int = 1600
@@ -45,8 +49,10 @@ class Options:
     @classmethod
     def of(cls, values: dict[str, str]) -> Options:
         """Raises InputError for what is missing or no number."""
-        if "data" not in values or "output" not in values:
-            raise InputError("data= and output= are needed: see `python -m apb.train --help`")
+        if not {"data", "generations"} & values.keys() or "output" not in values:
+            raise InputError(
+                "output= and data= or generations= are needed: see `python -m apb.train --help`"
+            )
         recipe_keys = {item.name for item in fields(Recipe)}
         numbers = {
             key: whole_number(key, value, least=0 if key == "seed" else 1)
@@ -56,7 +62,8 @@ class Options:
         recipe: dict[str, Any] = {key: numbers.pop(key) for key in recipe_keys & set(numbers)}
         output = Path(values["output"]).expanduser()
         return cls(
-            data=paths_of(values["data"]),
+            data=paths_of(values.get("data", "")),
+            generations=paths_of(values.get("generations", "")),
             output=output,
             work=Path(values.get("work", output / "work")).expanduser(),
             text_field=values.get("field", "text"),
@@ -76,7 +83,7 @@ _NUMBERS = (
     "seed",
     "intermediate_size",
 )
-_WORDS = ("data", "output", "work", "field", "vocabulary")
+_WORDS = ("data", "generations", "output", "work", "field", "vocabulary")
 
 
 def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
@@ -86,6 +93,7 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
         InputError: nothing to read, or files of other settings in the way.
     """
     files = find_texts(options.data, field=options.text_field, setting="data")
+    answered = find_records(options.generations, field="token_ids", setting="generations")
     tokenizer = load_tokenizer(config.model)
     hf_config = load_config(config.model)
     vocabulary = None
@@ -96,7 +104,8 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
             tokenizer_hash=vocabulary_hash(tokenizer),
         )
     device = choose_device(config.device, 0)
-    model = CausalLM.load(config.model, dtype=torch.float32, device=device)
+    dtype = choose_dtype(config.dtype, device)
+    model = CausalLM.load(config.model, dtype=dtype, device=device)
     target = HfTarget(model, tokenizer, stop_ids(config.model, hf_config, tokenizer))
     features = FeatureFolder(
         options.work,
@@ -104,6 +113,7 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
             model=config.model.name,
             tokenizer_hash=target.tokenizer_hash,
             data=options.data,
+            generations=options.generations,
             lessons=options.lessons,
             length=options.length,
             hidden_size=hf_config.hidden_size,
@@ -111,8 +121,9 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
         ),
     )
     template = {"template": config.model.template, "user_template": config.model.user_template}
-    lessons = make_lessons(
-        files, tokenizer, template, length=options.length, seed=options.recipe.seed
+    lessons = chain(
+        answered_lessons(answered, vocab_size=hf_config.vocab_size, max_tokens=_MAX_TOKENS),
+        make_lessons(files, tokenizer, template, length=options.length, seed=options.recipe.seed),
     )
     compute_features(features, model, config.backend.build(model.attention_target), lessons)
     exported = head_config(
@@ -122,7 +133,7 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
     )
     trainer = _trainer(options, target, exported, features, vocabulary)
     trainer.train()
-    held_out = trainer.held_out(target.head(), _DEPTH)
+    held_out = trainer.held_out(target.head().float(), _DEPTH)
     card = _card(config.model.name, options, command, trainer.seconds, held_out)
     write_head(options.output, trainer.head, exported, card, dtype=torch.bfloat16)
     return [f"{options.output}: {_figures(held_out)}"]
@@ -151,8 +162,8 @@ def _trainer(
         # It begins as the state that it is given, from which the next one is not far.
         head.fc.weight[:, shape.hidden_size :] += torch.eye(shape.hidden_size)
     ids_C = torch.arange(settings["vocab_size"]) if vocabulary is None else vocabulary.token_ids_C
-    rows_CM = target.head() if vocabulary is None else target.head()[ids_C]
-    teacher = Teacher(target.embedding(), rows_CM.detach(), ids_C)
+    head_VM = target.head().float()
+    teacher = Teacher(target.embedding().float(), head_VM[ids_C].detach(), ids_C)
     return EagleTrainer(head, teacher, features, options.recipe, options.work)
 
 
@@ -170,8 +181,9 @@ def _card(model: str, options: Options, command: str, seconds: float, held_out: 
         f"# EAGLE-2 head for {model}",
         "",
         f"* command: `{command}`",
-        f"* data: {', '.join(options.data)}; {options.lessons} lessons of {options.length} tokens, "
-        "a third each prose, continuations and quotes in the model's chat template",
+        f"* data: {options.lessons} lessons of up to {options.length} tokens, from generations="
+        f"{', '.join(options.generations) or 'none'} (the model's own answers) and data="
+        f"{', '.join(options.data) or 'none'} (prose, continuations and quotes)",
         f"* recipe: {recipe}",
         f"* training took {seconds / 60:.0f} minutes on {torch.get_num_threads()} threads, "
         "features not included",
@@ -184,7 +196,7 @@ def _card(model: str, options: Options, command: str, seconds: float, held_out: 
 def run(arguments: Sequence[str], command: str) -> list[str]:
     """Train as `arguments` say; returns what to say of it. Raises ApbError."""
     values, overrides = parse_words(
-        arguments, (*_WORDS, *_NUMBERS), settings=("model", "device", "backend")
+        arguments, (*_WORDS, *_NUMBERS), settings=("model", "device", "dtype", "backend")
     )
     options = Options.of(values)
     return train_eagle(compose_config(overrides), options, command)

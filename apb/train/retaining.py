@@ -6,7 +6,6 @@ key/value heads.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from apb.compress.base import BlockView, CompressorTarget
 from apb.compress.retaining_file import RetainingHead, RetainingHeads, num_inputs
 from apb.compress.retaining_head import activation, head_inputs
 from apb.errors import InputError
+from apb.files import written_whole
 from apb.train.pairs import Reading
 from apb.train.reading_pass import ReadingPass
 from apb.train.retaining_labels import SHARE, Objective
@@ -208,9 +208,8 @@ class HeadTrainer:
             "loss": self._loss,
             "layers": [layer.state() for layer in self._layers],
         }
-        scratch = self._path.with_suffix(".tmp")
-        torch.save(state, scratch)
-        os.replace(scratch, self._path)
+        with written_whole(self._path) as scratch:
+            torch.save(state, scratch)
 
     def _resume(self) -> None:
         state = torch.load(self._path, map_location=self._target.device, weights_only=True)

@@ -6,7 +6,7 @@ At step s, row t stands for a draft that began s tokens earlier: it reads the st
 itself has given for its last s tokens, and the target's for those before.
 
 Letters: B texts, T places of each, M hidden size, H query heads, K key/value heads, D head dim,
-C tokens that are scored.
+C tokens that are scored, R rows that count.
 """
 
 from __future__ import annotations
@@ -85,12 +85,23 @@ class StepLoss(NamedTuple):
     """Smooth-L1 distance of the states, as EAGLE has it."""
 
 
-def step_loss(drafted_BTM: Tensor, wanted_BTM: Tensor, rows_CM: Tensor, first: int) -> StepLoss:
-    """How far drafted states are from the target's, from row `first` on.
+def step_loss(drafted_RM: Tensor, wanted_RM: Tensor, rows_CM: Tensor) -> StepLoss:
+    """How far R drafted states are from the target's.
 
     `rows_CM` are the rows of the LM head that count; both distributions are over them alone.
     """
-    drafted, wanted = drafted_BTM[:, first:].flatten(0, 1), wanted_BTM[:, first:].flatten(0, 1)
     with torch.no_grad():
-        probs = (wanted @ rows_CM.T).softmax(dim=-1)
-    return StepLoss(F.cross_entropy(drafted @ rows_CM.T, probs), F.smooth_l1_loss(drafted, wanted))
+        probs_RC = (wanted_RM @ rows_CM.T).softmax(dim=-1)
+    tokens = F.cross_entropy(drafted_RM @ rows_CM.T, probs_RC)
+    return StepLoss(tokens, F.smooth_l1_loss(drafted_RM, wanted_RM))
+
+
+def drafted_rows(drafted_BL: Tensor, depth: int) -> Tensor:
+    """Rows ``[B, T]`` of a step that count, of texts of T + 1 tokens.
+
+    Row t gives the state of token t + 1, which tells the one behind that: that is the one to be
+    drafted. Of step s, rows from s on are of use.
+    """
+    rows_BT = torch.zeros_like(drafted_BL[:, 1:])
+    rows_BT[:, depth:-1] = drafted_BL[:, depth + 2 :]
+    return rows_BT

@@ -22,7 +22,7 @@ def apb(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun_and_local_ranks_give_the_same_answer(tmp_path: Path) -> None:
-    torchrun = [*TORCHRUN, "2", "-m", "apb.run", *NEEDLE, "output=torchrun.json"]
+    torchrun = [*TORCHRUN, "2", "-m", "apb.run", *NEEDLE, "output=torchrun.json", "trace=true"]
     assert run(tmp_path, *torchrun).returncode == 0
     done = apb(tmp_path, *NEEDLE, "launcher=local", "world_size=2", "output=local.json")
     assert done.returncode == 0, done.stderr
@@ -35,16 +35,42 @@ def test_torchrun_and_local_ranks_give_the_same_answer(tmp_path: Path) -> None:
     assert len(ours["metrics"]["layout"]) == 2
     acceptance_length = theirs["metrics"]["acceptance_length"]
     assert f"drafter hybrid, acceptance length {acceptance_length:.2f} tokens" in done.stdout
+    check_trace(tmp_path)
 
 
-def test_torchrun_leaves_one_output_folder_and_one_log(tmp_path: Path) -> None:
-    done = run(tmp_path, *TORCHRUN, "3", "-m", "apb.run", *NEEDLE)
+def check_trace(folder: Path) -> None:
+    """That only the run which was to has left a trace and a page, of both ranks."""
+    names = {path.name for path in folder.glob("*.*")}
+    assert names == {"local.json", "torchrun.json", "torchrun.trace.json", "torchrun.html"}
+    events = json.loads((folder / "torchrun.trace.json").read_text())["traceEvents"]
+    for rank in (0, 1):
+        phases = {event["name"] for event in events if event["pid"] == rank}
+        assert {"load", "plan", "prefill", "attention", "compress"} <= phases
+    assert "tiny: apb, 2 ranks" in (folder / "torchrun.html").read_text()
+
+
+RANKS_APART = """
+import os, sys
+os.chdir("rank" + os.environ["RANK"])
+from apb.run import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_under_torchrun_rank_0_alone_reads_the_document_and_writes(tmp_path: Path) -> None:
+    for rank in range(3):
+        (tmp_path / f"rank{rank}").mkdir()
+    (tmp_path / "rank0/report.txt").write_text("The miller kept bees. " * 40)
+    (tmp_path / "apart.py").write_text(RANKS_APART)
+    prompt = ["prompt=file", "prompt.document=report.txt", "prompt.query=Who kept bees?"]
+    settings = ["+model=tiny", "decode.max_tokens=6", "decode.ignore_eos=true"]
+    done = run(tmp_path, *TORCHRUN, "3", "apart.py", *settings, *prompt)
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     assert len(list(tmp_path.rglob("run.log"))) == len(list(tmp_path.rglob(".hydra"))) == 1
-    (result,) = tmp_path.rglob("result.json")
+    (result,) = (tmp_path / "rank0").rglob("result.json")
     assert json.loads(result.read_text())["metrics"]["generated_tokens"] == 6
     assert done.stdout.count("answer ") == 1
+    assert [*(tmp_path / "rank1").iterdir(), *(tmp_path / "rank2").iterdir()] == []
 
 
 def test_a_file_is_read_and_model_without_plus_works(tmp_path: Path) -> None:
@@ -80,6 +106,7 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(tmp_path: Path) -> No
             "no.txt does not exist",
         ),
         (["model=tiny", "output=nowhere/x.json"], "output=nowhere/x.json"),
+        (["model=tiny", "output=x.html", "trace=true"], "output=x.html"),
         (["model=custom", "model.path=."], "has no config.json"),
         (
             ["model=tiny", "num_blocks=4", "prompt.context_len=900", "method.anchor_len=5000"],

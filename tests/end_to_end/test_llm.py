@@ -1,4 +1,4 @@
-"""`LLM` on real subprocess ranks: the same answers as one rank, streams, failures and clean-up."""
+"""`LLM` on ranks in processes: the same answers as one rank, streams, failures and clean-up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,19 +24,20 @@ from retaining_heads import published, random_heads, tiny_shape
 DOCUMENT = "The mill stood by the river, and the miller kept bees. " * 40
 QUESTION = "Who kept bees?"
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+tiny = partial(LLM, "tiny", dtype="float32")
 EXACT = ["method.passing_len=1.0", "method.min_block_len=1"]
 
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("tiny", world_size=2, overrides=["method.min_block_len=64"]) as ranks:
+    with tiny(world_size=2, overrides=["method.min_block_len=64"]) as ranks:
         yield ranks
 
 
 def test_full_gives_the_same_tokens_on_any_number_of_ranks() -> None:
     tokens = []
     for world_size in (1, 3):
-        with LLM("tiny", world_size=world_size, method="full") as ranks:
+        with tiny(world_size=world_size, method="full") as ranks:
             tokens.append(ranks.ask(DOCUMENT, QUESTION, PARAMS).token_ids)
     assert tokens[0] == tokens[1]
     assert len(tokens[0]) == 12
@@ -42,9 +45,9 @@ def test_full_gives_the_same_tokens_on_any_number_of_ranks() -> None:
 
 def test_logprobs_with_every_token_passed_equal_full() -> None:
     continuation = "The miller."
-    with LLM("tiny", world_size=2, overrides=EXACT) as ranks:
+    with tiny(world_size=2, overrides=EXACT) as ranks:
         passed = ranks.logprobs(DOCUMENT, continuation)
-    with LLM("tiny", world_size=1, method="full") as ranks:
+    with tiny(world_size=1, method="full") as ranks:
         exact = ranks.logprobs(DOCUMENT, continuation)
     assert len(exact) == len(continuation)
     assert passed == pytest.approx(exact, abs=1e-4)
@@ -54,14 +57,14 @@ def test_a_document_of_one_token_is_scored_from_it_on(llm: LLM) -> None:
     ids = list(DOCUMENT.encode())[:9]
     whole = llm.logprobs(ids[:1], ids[1:])
     assert whole[2:] == pytest.approx(llm.logprobs(ids[:3], ids[3:]), abs=1e-4)
-    with LLM("tiny", world_size=1, method="full") as ranks:
+    with tiny(world_size=1, method="full") as ranks:
         assert whole == pytest.approx(ranks.logprobs(ids[:1], ids[1:]), abs=1e-4)
 
 
 def test_likelihoods_know_what_greedy_decoding_takes() -> None:
     first = SamplingParams(max_tokens=1, ignore_eos=True)
     known = []
-    with LLM("tiny", world_size=1, method="full", overrides=["model.template=raw"]) as ranks:
+    with tiny(world_size=1, method="full", overrides=["model.template=raw"]) as ranks:
         for end in range(300, 308):
             document = list(DOCUMENT.encode())[:end]
             [best] = ranks.ask(document[:-1], document[-1:], first).token_ids
@@ -88,7 +91,7 @@ def test_a_divergence_stands_beside_exact_attention() -> None:
 
 def test_other_settings_take_effect_without_new_ranks(llm: LLM) -> None:
     before = llm.logprobs(DOCUMENT, "The miller.")
-    settings = ["model=tiny", "world_size=2"]
+    settings = ["model=tiny", "world_size=2", "dtype=float32"]
     with LLM.from_overrides([*settings, "method=full"]) as ranks:
         exact = ranks.logprobs(DOCUMENT, "The miller.")
         ranks.configure([*settings, "method=apb", "method.min_block_len=64"])
@@ -97,7 +100,7 @@ def test_other_settings_take_effect_without_new_ranks(llm: LLM) -> None:
         for wrong, words in ((["dtype=bfloat16"], "dtype cannot"), (["num_blocks=x"], "num_block")):
             with pytest.raises(InputError, match=words):
                 ranks.configure([*settings, *wrong])
-        assert ranks.config.dtype == "auto"
+        assert ranks.config.dtype == "float32"
         ranks.configure([*settings, "method=full", "drafter=none"])
         assert ranks.logprobs(DOCUMENT, "The miller.") == exact
         assert ranks.ask(DOCUMENT, QUESTION, PARAMS).metrics.drafter == "none"
@@ -105,10 +108,10 @@ def test_other_settings_take_effect_without_new_ranks(llm: LLM) -> None:
 
 def test_an_answer_goes_on_from_its_start() -> None:
     prompt = build_prompt(byte_tokenizer(), DOCUMENT, QUESTION, answer_start="The miller")
-    with LLM("tiny", world_size=1, method="full") as ranks:
+    with tiny(world_size=1, method="full") as ranks:
         begun = ranks.ask(DOCUMENT, QUESTION, PARAMS, answer_start="The miller").token_ids
         assert begun != ranks.ask(DOCUMENT, QUESTION, PARAMS).token_ids
-    with LLM("tiny", world_size=1, method="full", overrides=["model.template=raw"]) as ranks:
+    with tiny(world_size=1, method="full", overrides=["model.template=raw"]) as ranks:
         assert ranks.ask(prompt.context_ids, prompt.query_ids, PARAMS).token_ids == begun
 
 
@@ -124,7 +127,7 @@ def test_trained_heads_select_alike_on_any_number_of_ranks(tmp_path: Path) -> No
     common = ["method.layout=even", "method.min_block_len=64", "num_blocks=4"]
     logprobs = {}
     for name, (world_size, compressor) in cases.items():
-        with LLM("tiny", world_size=world_size, overrides=[*compressor, *common]) as ranks:
+        with tiny(world_size=world_size, overrides=[*compressor, *common]) as ranks:
             logprobs[name] = ranks.logprobs(DOCUMENT, "The miller.", query=QUESTION)
     assert logprobs["heads"] == pytest.approx(logprobs["heads on one rank"], abs=1e-5)
     assert logprobs["heads"] != pytest.approx(logprobs["other"], abs=1e-5)
@@ -161,7 +164,7 @@ def test_threads_take_turns(llm: LLM) -> None:
 
 
 def test_two_gangs_on_one_machine_do_not_meet(llm: LLM) -> None:
-    with LLM("tiny", world_size=2, overrides=["model.weights_seed=1"]) as other:
+    with tiny(world_size=2, overrides=["model.weights_seed=1"]) as other:
         theirs = other.ask(DOCUMENT, QUESTION, PARAMS).token_ids
         ours = llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids
         assert other.ask(DOCUMENT, QUESTION, PARAMS).token_ids == theirs
@@ -213,12 +216,16 @@ def test_sampling_repeats_with_its_seed(llm: LLM) -> None:
     assert sample(1) != sample(2)
 
 
+def rank_process(ranks: LLM, rank: int) -> psutil.Process:
+    session: Any = ranks._session
+    processes = getattr(session, "_gang", session)._ranks
+    return psutil.Process(processes._ranks[rank].process.pid)
+
+
 def test_a_killed_rank_is_named_and_nothing_is_left_behind() -> None:
-    before = set(psutil.Process().children(recursive=True))
-    ranks = LLM("tiny", world_size=3, on_failure="stop")
-    children = set(psutil.Process().children(recursive=True)) - before
-    victim = next(child for child in children if child.environ()["RANK"] == "1")
-    victim.send_signal(signal.SIGKILL)
+    ranks = tiny(world_size=3, on_failure="stop")
+    children = [rank_process(ranks, rank) for rank in range(3)]
+    children[1].send_signal(signal.SIGKILL)
     with pytest.raises(EngineDeadError, match=r"rank 1 .*SIGKILL"):
         ranks.ask(DOCUMENT, QUESTION, PARAMS)
     with pytest.raises(EngineDeadError, match="rank 1"):
@@ -228,11 +235,10 @@ def test_a_killed_rank_is_named_and_nothing_is_left_behind() -> None:
 
 def test_a_rank_that_dies_between_requests_costs_none(llm: LLM) -> None:
     expected = llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids
-    ranks = [it for it in psutil.Process().children() if it.environ().get("RANK") == "1"]
-    for rank in ranks:
-        rank.kill()
+    rank = rank_process(llm, 1)
+    rank.kill()
     assert llm.ask(DOCUMENT, QUESTION, PARAMS).token_ids == expected
-    assert not any(rank.is_running() for rank in ranks)
+    assert not rank.is_running()
 
 
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
@@ -256,6 +262,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"launcher": "torchrun"}, "RANK and WORLD_SIZE"),
         ({"world_size": 2, "num_blocks": 0}, "num_blocks=0"),
         ({"on_failure": "hope"}, "on_failure=hope must be one of restart, stop"),
+        ({"launcher": "torchrun", "on_rank_loss": "degrade"}, "torchrun starts all of them again"),
         ({"request_timeout_s": 0.0}, "request_timeout_s=0.0 must be positive"),
     ],
 )

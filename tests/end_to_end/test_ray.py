@@ -145,23 +145,31 @@ def test_a_model_that_is_not_there_leaves_nothing_behind(cluster: str) -> None:
     wait_until_free("CPU", before)
 
 
-def test_a_killed_rank_is_named_and_its_gang_goes_with_it(cluster: str) -> None:
+def test_a_lost_gang_is_replaced_and_leaves_nothing(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that dies unasked costs no request; one that hangs is named, with its stack."""
     before, already = free("CPU"), set(actors())
-    ranks = LLM("tiny", launcher="ray", device="cpu", world_size=2)
-    gang = set(actors()) - already
-    victim = next(one for one in gang if one.environ().get("RAY_JOB_ID"))
-    victim.send_signal(signal.SIGKILL)
-    begin = time.monotonic()
-    with pytest.raises(EngineDeadError) as caught:
-        ranks.ask(DOCUMENT, QUESTION, PARAMS)
-    assert time.monotonic() - begin < 5
-    assert f"on node {ray.util.get_node_ip_address()} ended without a word" in str(caught.value)
-    with pytest.raises(EngineDeadError) as again:
-        ranks.ask(DOCUMENT, QUESTION, PARAMS)
-    assert str(again.value) == str(caught.value)
+    monkeypatch.setenv("APB_FAULTS", "rank=1,stage=prefill,layer=1,kind=hang,request=3,gang=1")
+    settings = ["supervision.layer_s=2", "method.min_block_len=64"]
+    with LLM("tiny", launcher="ray", device="cpu", world_size=2, overrides=settings) as ranks:
+        expected = ranks.ask(DOCUMENT, QUESTION, PARAMS).token_ids
+        first = set(actors()) - already
+        next(iter(first)).send_signal(signal.SIGKILL)
+        assert ranks.ask(DOCUMENT, QUESTION, PARAMS).token_ids == expected
+        begin = time.monotonic()
+        with pytest.raises(EngineDeadError) as caught:
+            ranks.ask(DOCUMENT, QUESTION, PARAMS)
+        assert time.monotonic() - begin < 2 + 5
+        failure = caught.value.failure
+        assert failure is not None
+        assert (failure.rank, failure.host) == (1, ray.util.get_node_ip_address())
+        assert failure.place == "prefill, layer 1"
+        assert "more than supervision.layer_s=2 allows" in failure.reason
+        assert "apb/faults.py" in failure.stack
     wait_until_free("CPU", before)
     give_up = time.monotonic() + 10
-    while gang.intersection(actors()):
+    while set(actors()) - already:
         assert time.monotonic() < give_up
         time.sleep(0.1)
 

@@ -49,7 +49,7 @@ class _Forked:
         os.kill(self.pid, number)
 
 
-def start_forked_rank(rank: int, world_size: int) -> RankProcess:
+def start_forked_rank(rank: int, world_size: int, local_rank: int) -> RankProcess:
     """As `start_rank`, with the variables of this process."""
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -58,7 +58,7 @@ def start_forked_rank(rank: int, world_size: int) -> RankProcess:
         **{name: value for name, value in os.environ.items() if name.startswith("APB_")},
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(world_size),
         "GLOO_SOCKET_IFNAME": "lo",
     }

@@ -50,12 +50,12 @@ class Scenario(NamedTuple):
             return 0.0
         return LOAD_S if self.stage == "load" else BUDGET_S
 
-    def text(self, *, request: int) -> str:
+    def text(self, *, request: int, gang: int = 0) -> str:
         """For `APB_FAULTS`; requests are counted by each gang."""
         fields = [f"rank={self.rank}", f"stage={self.stage}", f"kind={self.kind}"]
         if self.layer is not None or self.stage in ("prefill", "decode"):
             fields.append(f"layer={1 if self.layer is None else self.layer}")
-        fields.append(f"request={request}")
+        fields += [f"request={request}", f"gang={gang}"]
         if self.kind == "slow":
             fields.append("seconds=0.3")
         return ",".join(fields)
@@ -92,3 +92,7 @@ TORCHRUN = {
     *("raise-load", "kill-prefill", "exit0-prefill", "raise-prefill", "hang-prefill"),
     *("stop-prefill", "corrupt-exchange", "exit0-decode", "hang-decode"),
 }
+RAY = [
+    *("kill-load", "raise-prefill", "hang-prefill", "stop-prefill", "nan-exchange"),
+    *("corrupt-exchange", "kill-exchange", "exit0-decode", "hang-decode"),
+]

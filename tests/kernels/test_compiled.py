@@ -24,7 +24,13 @@ print(json.dumps([(*build, *used) for build, used in zip(builds, build_all(build
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("capability", "shared_limit"),
-    [(80, 163 * 1024), (86, 99 * 1024), (90, 227 * 1024), (100, 227 * 1024), (120, 99 * 1024)],
+    [
+        (80, 163 * 1024),
+        pytest.param(86, 99 * 1024, marks=pytest.mark.long),
+        (90, 227 * 1024),
+        (100, 227 * 1024),
+        pytest.param(120, 99 * 1024, marks=pytest.mark.long),
+    ],
 )
 def test_no_kernel_spills_and_all_fit(capability: int, shared_limit: int) -> None:
     """In a process of its own: here, the kernels are interpreted.

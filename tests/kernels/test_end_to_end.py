@@ -20,7 +20,7 @@ SETTINGS = [
 def test_fused_gives_the_tokens_of_the_specification() -> None:
     answers = {}
     for backend in ("reference", "fused"):
-        with LLM("tiny", world_size=2, backend=backend, overrides=SETTINGS) as llm:
+        with LLM("tiny", world_size=2, backend=backend, dtype="float32", overrides=SETTINGS) as llm:
             answers[backend] = llm.ask(DOCUMENT, "Who kept bees?", PARAMS)
         assert answers[backend].metrics.backend == backend
     assert answers["fused"].token_ids == answers["reference"].token_ids

@@ -208,6 +208,7 @@ def test_what_cannot_be_read_is_that_rows_error(tmp_path: Path) -> None:
         (["input=.", "output=x.txt"], "must end in .jsonl or .parquet"),
         (["input=.", "output=no/x.jsonl"], "no file in an existing folder"),
         (["input=.", "output=x.jsonl", "prompt=needle"], "drop prompt="),
+        (["input=.", "output=x.jsonl", "trace=true"], "trace=true traces one answer"),
         (["input=.", "output=x.jsonl", "wrold_size=2"], "unknown setting wrold_size"),
     ],
 )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from apb import comm
-from apb.comm import HEADER_BYTES, Communicator, Kind, Tag, _fields
+from apb.comm import HEADER_BYTES, Communicator, Kind, Tag
 from apb.errors import EngineDeadError
+from apb.header import header_fields
 
 TAG = Tag(step=5, layer=2, kind=Kind.QUESTION)
 X = torch.zeros(2, 3)
@@ -42,22 +43,22 @@ def receive(monkeypatch: pytest.MonkeyPatch) -> Receive:
 
 
 def test_the_awaited_header_is_accepted(receive: Receive) -> None:
-    assert torch.equal(receive(_fields(TAG, 1, X)), torch.stack([X, X]))
+    assert torch.equal(receive(header_fields(TAG, 1, X)), torch.stack([X, X]))
 
 
 @pytest.mark.parametrize(
     ("header", "words"),
     [
         (
-            _fields(TAG._replace(step=4), 1, X),
+            header_fields(TAG._replace(step=4), 1, X),
             "question of step 4, layer 2, rank 1, float32 [2, 3]",
         ),
-        (_fields(TAG._replace(layer=3), 1, X), "question of step 5, layer 3"),
-        (_fields(TAG._replace(kind=Kind.PARTIAL), 1, X), "partial of step 5"),
-        (_fields(TAG, 0, X), "question of step 5, layer 2, rank 0"),
-        (_fields(TAG, 1, X.mT), "float32 [3, 2]"),
-        (_fields(TAG, 1, X.flatten()), "float32 [6]"),
-        (_fields(TAG, 1, X.to(torch.bfloat16)), "bfloat16 [2, 3]"),
+        (header_fields(TAG._replace(layer=3), 1, X), "question of step 5, layer 3"),
+        (header_fields(TAG._replace(kind=Kind.PARTIAL), 1, X), "partial of step 5"),
+        (header_fields(TAG, 0, X), "question of step 5, layer 2, rank 0"),
+        (header_fields(TAG, 1, X.mT), "float32 [3, 2]"),
+        (header_fields(TAG, 1, X.flatten()), "float32 [6]"),
+        (header_fields(TAG, 1, X.to(torch.bfloat16)), "bfloat16 [2, 3]"),
         ([0] * (HEADER_BYTES // 8), "bytes that are no apb message"),
     ],
     ids=["step", "layer", "kind", "source", "shape", "dim", "dtype", "magic"],

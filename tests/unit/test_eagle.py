@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apb.errors import InputError
+from apb.packed import has_fast_bf16
 from apb.sampling import SamplingParams
 from apb.speculate.base import DraftRequest, Verified
 from apb.speculate.eagle import EagleConfig, EagleDrafter
@@ -223,6 +224,26 @@ def test_drafts_are_those_of_a_plain_recomputation(
         dialogue.check()
         dialogue.step()
     dialogue.check()
+
+
+@pytest.mark.skipif(not has_fast_bf16(TARGET.device), reason="needs fast bf16")
+@pytest.mark.parametrize("name", ["eagle2", "eagle3"])
+def test_drafts_in_bf16_are_those_of_the_target_dtype_up_to_rounding(
+    name: str, tmp_path: Path
+) -> None:
+    chances = []
+    for bf16 in (False, True):
+        drafter = config_of(name, tmp_path, bf16=bf16).build_drafter(TARGET)
+        assert (drafter._cache.dtype == torch.bfloat16) == bf16
+        dialogue = Dialogue(drafter, Plain(HEADS[name]))
+        for _ in range(3):
+            dialogue.undrafted_step()
+        built = dialogue.drafted()
+        chances.append({built.tokens[n]: built.claims[n].share for n in built.children(0)})
+    exact, rounded = chances
+    assert len(exact.keys() & rounded.keys()) > len(exact) // 2
+    for token_id in exact.keys() & rounded.keys():
+        assert rounded[token_id] == pytest.approx(exact[token_id], abs=0.06)
 
 
 @pytest.mark.parametrize("prompt_len", [1, 2, 300])

@@ -162,6 +162,14 @@ def test_answers_of_the_model_are_counted_with_their_control_tokens(tmp_path: Pa
     assert expected[EOS] == 2
 
 
+def test_a_few_answers_weigh_as_much_as_many_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(600 * "a" + 300 * "b" + 100 * "c")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"token_ids": list(b"cccb")}) + "\n")
+    found = run(tmp_path, size=4, data=tmp_path / "a.txt", generations=tmp_path / "a.jsonl")
+    # Shares: a 0.6, b 0.3 + 0.25, c 0.1 + 0.75.
+    assert list(pairs(found).items()) == [(99, 103), (97, 600), (98, 301), (EOS, 0)]
+
+
 @pytest.mark.parametrize("max_tokens", [1, 3, 4, 11, 12])
 def test_no_more_tokens_are_counted_than_asked_for(tmp_path: Path, max_tokens: int) -> None:
     (tmp_path / "1.txt").write_text("abcd")

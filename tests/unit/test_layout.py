@@ -46,11 +46,27 @@ def test_even_blocks_are_shared_out_in_order_and_fairly(
 ) -> None:
     num_blocks = data.draw(st.integers(1, context_len))
     layout = SequenceLayout.even(context_len, num_blocks=num_blocks, world_size=world_size)
+    assert_shared_out_in_order(layout, world_size)
+
+
+def assert_shared_out_in_order(layout: SequenceLayout, world_size: int) -> None:
     ranks = [block.rank for block in layout.blocks]
     assert ranks == sorted(ranks)
     assert ranks[0] == 0
     shares = [len(layout.owned_by(rank)) for rank in range(world_size)]
     assert max(shares) - min(shares) <= 1
+
+
+@given(data=st.data(), context_len=st.integers(1, 400), dealt_to=WORLD_SIZES)
+def test_blocks_that_other_ranks_read_stay_as_they_are(
+    data: st.DataObject, context_len: int, dealt_to: int
+) -> None:
+    num_blocks = data.draw(st.integers(1, min(30, context_len)))
+    layout = SequenceLayout.zigzag(context_len, num_blocks=num_blocks, world_size=8)
+    dealt = layout.dealt_to(dealt_to)
+    assert_partition(dealt, context_len, dealt_to)
+    assert_shared_out_in_order(dealt, dealt_to)
+    assert [*map(len, dealt.blocks)] == [*map(len, layout.blocks)]
 
 
 @given(

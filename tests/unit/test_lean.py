@@ -39,15 +39,21 @@ def exact(model: CausalLM, num_rows: int) -> Tensor:
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 9, MAX_ROWS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_lean_states_are_as_exact_as_those_of_the_modules(name: str, num_rows: int) -> None:
-    model = apb_model(name)
-    assert model._is_lean
+def test_lean_states_are_as_exact_as_those_of_the_modules(
+    name: str, dtype: torch.dtype, num_rows: int
+) -> None:
+    cpu = torch.device("cpu")
+    model = CausalLM(copy.deepcopy(apb_model(name).hf).to(dtype), cpu)
+    assert model._is_lean == (dtype == torch.float32 or has_fast_bf16(cpu))
     wanted_TM = exact(model, num_rows)
     module_error = (hidden(by_modules(model), num_rows) - wanted_TM).abs().max()
     assert (hidden(model, num_rows) - wanted_TM).abs().max() <= 4 * module_error
-    logits_TV = by_modules(model).logits(wanted_TM.float())
-    torch.testing.assert_close(model.logits(wanted_TM.float()), logits_TV)
+    last_TM = wanted_TM.to(dtype)
+    logits_TV, module_TV = model.logits(last_TM), by_modules(model).logits(last_TM)
+    torch.testing.assert_close(logits_TV.to(dtype), module_TV.to(dtype))
+    assert logits_TV.dtype == torch.float32
 
 
 @pytest.mark.skipif(

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from apb.errors import EngineDeadError, RankFailure, RequestError
+from apb.config import compose_config
+from apb.errors import EngineDeadError, InputError, RankFailure, RequestError
 from apb.launchers.base import Session
-from apb.launchers.restart import RestartingSession
-from apb.supervision import SupervisionConfig
+from apb.launchers.restart import RestartingSession, Survivors
 
 
 class FakeGang(Session):
     """Answers with its number; `op` says what happens to it."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.is_closed = number, False
+    def __init__(self, number: int, survivors: Survivors) -> None:
+        self.number, self.survivors, self.is_closed = number, survivors, False
         self.lost: EngineDeadError | None = None
 
     def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:
@@ -26,8 +26,13 @@ class FakeGang(Session):
             self.lost = EngineDeadError.of(failure)
         if op == "die":
             self.lost = EngineDeadError(f"gang {self.number} was killed")
+        if op.startswith("lose") and self.number == 0:
+            if op == "lose in an answer":
+                yield {"piece": "half an"}
+            self.lost = EngineDeadError.of(RankFailure(1, "here", "prefill, layer 3", "was killed"))
         if self.lost is not None:
             raise self.lost
+        self.has_worked = True
         if op == "refuse":
             raise RequestError("refused")
         yield {"result": self.number}
@@ -46,17 +51,16 @@ class Clock:
         return self.now
 
 
-CONFIG = SupervisionConfig(restarts=2, restart_window_s=60.0)
-
-
-def started(clock: Clock) -> tuple[RestartingSession, list[FakeGang]]:
+def started(clock: Clock, *settings: str) -> tuple[RestartingSession, list[FakeGang]]:
     gangs: list[FakeGang] = []
 
-    def open_gang(number: int) -> FakeGang:
-        gangs.append(FakeGang(number))
+    def open_gang(number: int, survivors: Survivors) -> FakeGang:
+        gangs.append(FakeGang(number, survivors))
         return gangs[-1]
 
-    return RestartingSession(open_gang, CONFIG, clock=clock), gangs
+    limits = ["supervision.restarts=2", "supervision.restart_window_s=60"]
+    config = compose_config(["model=tiny", *limits, *settings])
+    return RestartingSession(open_gang, 3, config, clock=clock), gangs
 
 
 def ask(session: Session, op: str = "ask") -> Any:
@@ -126,3 +130,46 @@ def test_after_closing_nothing_is_started() -> None:
     with pytest.raises(EngineDeadError, match=r"^the engine was closed$"):
         ask(session)
     assert len(gangs) == 1
+
+
+def test_with_on_failure_stop_nothing_is_started_again() -> None:
+    session, gangs = started(Clock(), "on_failure=stop")
+    ask(session)
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match=r"^gang 0 was killed$"):
+            ask(session, "die")
+    assert len(gangs) == 1
+
+
+def test_a_rank_lost_in_a_prefill_fails_the_request_unless_degraded_answers_are_wanted() -> None:
+    session, gangs = started(Clock())
+    ask(session)
+    with pytest.raises(EngineDeadError, match="was killed"):
+        ask(session, "lose a rank")
+    assert [gang.survivors.ranks for gang in gangs] == [(0, 1, 2), (0, 1, 2)]
+    assert gangs[1].survivors.reduced is None
+
+
+def test_a_degraded_answer_comes_from_the_ranks_that_are_left() -> None:
+    session, gangs = started(Clock(), "on_rank_loss=degrade")
+    ask(session)
+    assert ask(session, "lose a rank") == 1
+    assert [gang.survivors.ranks for gang in gangs] == [(0, 1, 2), (0, 2)]
+    assert gangs[1].survivors.reduced == (3, "rank 1 on here was killed (prefill, layer 3)")
+    assert ask(session) == 1, "and so do later ones"
+    gangs[1].lost = EngineDeadError.of(RankFailure(1, "there", "idle", "was killed"))
+    assert ask(session) == 2
+    assert gangs[2].survivors.ranks == (0,), "rank 1 of two is rank 2 of the first three"
+
+
+def test_an_answer_that_has_begun_is_not_begun_again() -> None:
+    session, gangs = started(Clock(), "on_rank_loss=degrade")
+    ask(session)
+    with pytest.raises(EngineDeadError, match="was killed"):
+        ask(session, "lose in an answer")
+    assert gangs[1].survivors.ranks == (0, 2)
+
+
+def test_degraded_answers_need_ranks_that_start_again() -> None:
+    with pytest.raises(InputError, match="on_rank_loss=degrade needs on_failure=restart"):
+        started(Clock(), "on_rank_loss=degrade", "on_failure=stop")

@@ -23,13 +23,14 @@ def expected_probs(logits: list[float], params: SamplingParams) -> list[float]:
     kept = order[: params.top_k] if params.top_k else order
     weights = {i: math.exp(logits[i] / params.temperature) for i in kept}
     total = sum(weights.values())
-    nucleus: list[int] = []
+    nucleus: dict[int, float] = {}
+    mass = 0.0
     for i in kept:
-        if sum(weights[j] for j in nucleus) / total >= params.top_p:
+        if mass / total >= params.top_p:
             break
-        nucleus.append(i)
-    mass = sum(weights[i] for i in nucleus)
-    return [weights[i] / mass if i in nucleus else 0.0 for i in range(len(logits))]
+        nucleus[i] = weights[i]
+        mass += weights[i]
+    return [nucleus.get(i, 0.0) / mass for i in range(len(logits))]
 
 
 @given(
@@ -61,6 +62,22 @@ def test_top_p_stops_once_the_mass_is_reached_and_keeps_at_least_one() -> None:
         torch.testing.assert_close(
             filtered_probs(logits_V, params), torch.tensor(expected, dtype=torch.float32)
         )
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.3), (0, 0.9), (0, 0.9999), (700, 0.9), (50, 1)])
+def test_a_large_vocabulary_is_filtered_as_a_small_one(
+    top_k: int, top_p: float, sharpness: float
+) -> None:
+    """Also where hundreds of tokens are kept, and where many are equally likely."""
+    logits = (sharpness * torch.randn(5000)).mul(8).round().div(8).tolist()
+    params = SamplingParams(temperature=0.8, top_k=top_k, top_p=top_p)
+    expected_V = torch.tensor(expected_probs(logits, params))
+    found_V = filtered_probs(torch.tensor(logits), params)
+    both_V = (found_V > 0) & (expected_V > 0)
+    different = int(((found_V > 0) != (expected_V > 0)).sum())
+    assert different <= 1, "rounding decides of the last token alone"
+    torch.testing.assert_close(found_V[both_V], expected_V[both_V], atol=0.0, rtol=2e-3)
 
 
 def test_top_k_among_equals_keeps_exactly_k() -> None:

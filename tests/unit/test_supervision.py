@@ -121,6 +121,31 @@ def test_a_break_in_watching_is_not_held_against_the_ranks() -> None:
     assert watcher.observe(beats, 505.1) is not None
 
 
+@pytest.mark.parametrize(
+    ("stage", "limit"), [(Stage.PREFILL, "heartbeat_s=4"), (Stage.IDLE, "heartbeat_s=4")]
+)
+def test_a_rank_that_is_not_heard_of_is_blamed_whatever_it_was_at(stage: Stage, limit: str) -> None:
+    watcher, found = Watcher(SupervisionConfig(heartbeat_s=4.0)), None
+    for tick in range(20):
+        beats = [working(3, marks=tick), working(0, stage=stage)]
+        found = found or watcher.observe(beats, tick / 4, unheard={1} if tick else ())
+    assert found is not None
+    assert (found.rank, found.limit) == (1, f"supervision.{limit}")
+    assert found.failure("there").sentence == (
+        f"rank 1 on there has not been heard of for 4.2 s, more than supervision.{limit} allows "
+        f"(last heard of in {beats[1].place})"
+    )
+
+
+def test_a_rank_that_starts_may_be_silent_for_longer() -> None:
+    watcher = Watcher(SupervisionConfig(heartbeat_s=4.0, start_s=60.0))
+    for tick in range(60):
+        assert watcher.observe([working(3, marks=tick), Beat()], tick, unheard={1}) is None
+    stall = watcher.observe([working(3, marks=99), Beat()], 61, unheard={1})
+    assert stall is not None
+    assert (stall.rank, stall.limit) == (1, "supervision.start_s=60")
+
+
 def report(blame: Blame, rank: int, at_s: float) -> Report:
     return Report(blame, at_s, RankFailure(rank, "here", "prefill, layer 1", "failed"))
 

@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from apb.attention.sdpa import SdpaConfig
+from apb.config import compose_config
 from apb.errors import InputError
+from apb.hf.model import CausalLM
 from apb.rotary import Rotary
 from apb.speculate.eagle_head import Eagle2Head, EagleHead, HeadShape
 from apb.train.__main__ import main
 from apb.train.eagle import EagleTrainer, HeldOut, Recipe, Teacher
-from apb.train.features import FeatureFolder, FeatureSpec
-from apb.train.unroll import drafted_states
+from apb.train.features import FeatureFolder, Features, FeatureSpec, compute_features
+from apb.train.lessons import Lesson
+from apb.train.unroll import drafted_rows, drafted_states
 
 SHAPE = HeadShape(
     hidden_size=16,
@@ -26,7 +30,7 @@ SHAPE = HeadShape(
     head_dim=4,
     state_sizes=(16,),
 )
-SPEC = FeatureSpec("random", "", ("nothing",), lessons=12, length=9, hidden_size=16, seed=0)
+SPEC = FeatureSpec("random", "", ("nothing",), (), lessons=12, length=9, hidden_size=16, seed=0)
 RECIPE = Recipe(steps=6, batch=2, held_out=4, save_every=2, warm_up=2)
 
 
@@ -71,7 +75,8 @@ def make_features(folder: Path) -> FeatureFolder:
     features = FeatureFolder(folder, SPEC)
     while len(features) < SPEC.lessons:
         tokens_NL = torch.randint(0, 50, (4, 9), generator=generator)
-        features.append(tokens_NL, torch.randn(4, 9, 16, generator=generator))
+        spans_N2 = torch.tensor([(0, 9), (3, 9), (2, 7), (5, 8)])
+        features.append(tokens_NL, spans_N2, torch.randn(4, 9, 16, generator=generator))
     return features
 
 
@@ -90,10 +95,10 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     broken = make_trainer(tmp_path / "broken")
     loss, count = broken._loss, iter(range(100))
 
-    def fail(*batch: Tensor) -> tuple[Tensor, str]:
+    def fail(lessons: Features) -> tuple[Tensor, str]:
         if next(count) == 5:
             raise KeyboardInterrupt
-        return loss(*batch)
+        return loss(lessons)
 
     monkeypatch.setattr(broken, "_loss", fail)
     with pytest.raises(KeyboardInterrupt):
@@ -112,15 +117,58 @@ def test_the_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_features_that_were_half_written_are_written_again(tmp_path: Path) -> None:
     features = make_features(tmp_path)
-    tokens_NL, states_NLM = features.read(range(12))
+    tokens_NL, _, states_NLM = features.read(range(12))
     with (tmp_path / "tokens.i32").open("ab") as file:
         file.write(b"half")
     assert len(features) == 12
-    features.append(tokens_NL[:1], states_NLM[:1])
-    again_NL, _ = features.read(range(13))
-    assert torch.equal(again_NL, torch.cat([tokens_NL, tokens_NL[:1]]))
+    features.append(tokens_NL[:1], torch.tensor([[2, 4]]), states_NLM[:1])
+    again = features.read(range(13))
+    assert torch.equal(again.tokens_NL, torch.cat([tokens_NL, tokens_NL[:1]]))
+    assert again.drafted_NL[-1].nonzero().flatten().tolist() == [2, 3]
     with pytest.raises(InputError, match="other settings"):
         FeatureFolder(tmp_path, replace(SPEC, seed=1))
+
+
+def test_the_rows_that_count_tell_a_token_that_is_to_be_drafted() -> None:
+    drafted_BL = torch.rand(5, 12) < 0.5
+    for depth in range(4):
+        rows_BT = drafted_rows(drafted_BL, depth)
+        for text in range(5):
+            counting = [t for t in range(depth, 11) if t + 2 < 12 and drafted_BL[text, t + 2]]
+            assert rows_BT[text].nonzero().flatten().tolist() == counting
+
+
+def test_padding_teaches_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    lessons = trainer._features.read([2])  # whose tokens from 7 on are padding
+    other = Features(*(value.clone() for value in lessons))
+    other.tokens_NL[:, 7:] = 1
+    other.states_NLM[:, 7:] = 9.0
+    assert trainer._loss(other)[0] == trainer._loss(lessons)[0]
+    other.states_NLM[:, 5] = 9.0  # tells token 6
+    assert trainer._loss(other)[0] != trainer._loss(lessons)[0]
+
+
+@torch.inference_mode()
+def test_the_end_of_a_long_lesson_is_kept_with_the_states_of_the_whole(tmp_path: Path) -> None:
+    model = CausalLM.load(
+        compose_config(["model=tiny"]).model, dtype=torch.float32, device=torch.device("cpu")
+    )
+    long, short = list(range(40, 70)), list(range(9))
+    spec = replace(SPEC, lessons=2, length=12, hidden_size=model.hf.config.hidden_size)
+    folder = FeatureFolder(tmp_path, spec)
+    backend = SdpaConfig().build(model.attention_target)
+    compute_features(folder, model, backend, iter([Lesson(long, 25), Lesson(short, 4)]))
+    found = folder.read([0, 1])
+    assert found.tokens_NL.tolist() == [long[-12:], [*short, 0, 0, 0]]
+    drafted = [row.nonzero().flatten().tolist() for row in found.drafted_NL]
+    assert drafted == [list(range(7, 12)), list(range(4, 9))]
+    model.hf.set_attn_implementation("sdpa")
+    for row, (ids, kept) in enumerate(((long, 12), (short, 9))):
+        wanted_1TM = model.hf.base_model(torch.tensor([ids])).last_hidden_state
+        torch.testing.assert_close(
+            found.states_NLM[row, :kept], wanted_1TM[0, -kept:], atol=2e-2, rtol=1e-2
+        )  # bf16 on the disk
 
 
 def test_acceptance_of_a_chain() -> None:
@@ -149,7 +197,7 @@ def test_the_command_trains_a_head_that_loads(
     ("arguments", "words"),
     [
         ([], "say what to train"),
-        (["eagle", "+model=tiny"], "data= and output= are needed"),
+        (["eagle", "+model=tiny"], "output= and data= or generations= are needed"),
         (["eagle", "+model=tiny", "data=/nowhere", "output=x"], "data=/nowhere does not exist"),
         (["eagle", "+model=tiny", "data=.", "output=x", "steps=0"], "steps=0"),
         (["eagle", "+model=tiny", "data=.", "output=x", "speed=9"], "unknown option speed=9"),

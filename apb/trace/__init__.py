@@ -1,0 +1,1 @@
+"""What every rank did and when: recorded, put on one clock, and shown."""
