@@ -19,7 +19,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from apb.errors import InputError
+from apb.errors import ApbError, InputError
 from apb.hf.model import load_config
 from apb.hf.tokenizer import load_tokenizer
 from apb.llm import LLM
@@ -29,6 +29,8 @@ _QUERY_TOKENS = 64
 _MAX_GEN_TOKS = 256
 """Where a task does not say, as for the harness's own models."""
 _SAMPLING = ("top_p", "top_k", "seed")
+_ANY_DEVICE = (None, "cuda:0")
+"""What the harness passes on where its user has said nothing, with and without a GPU."""
 
 
 @register_model("apb")
@@ -39,6 +41,7 @@ class ApbLM(TemplateLM):
         model: a name in `conf/model/`, a local folder, a GGUF file or a Hub id.
         query_tokens: of a prompt to generate from, how many of its last ones are the query.
         max_length: of prompt and answer; by default the model's positions.
+        device: `cpu` or `cuda`, for all ranks.
         batch_size, max_batch_size: there is one request at a time, so they change nothing.
         settings: any of apb's, such as ``method="apb"`` or ``world_size=4``; in Python those with a
             dot go in a mapping, ``**{"method.anchor_len": 256}``.
@@ -50,6 +53,7 @@ class ApbLM(TemplateLM):
         *,
         query_tokens: int = _QUERY_TOKENS,
         max_length: int | None = None,
+        device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         **settings: Any,
@@ -57,6 +61,8 @@ class ApbLM(TemplateLM):
         super().__init__()
         if query_tokens < 1:
             raise InputError(f"query_tokens={query_tokens} must be at least 1")
+        if device not in _ANY_DEVICE:
+            settings["device"] = device
         plain = {name: value for name, value in settings.items() if name.isidentifier()}
         dotted = [f"{name}={value}" for name, value in settings.items() if name not in plain]
         # The harness writes the prompt, with the chat template where it is asked for one.
@@ -171,5 +177,15 @@ class ApbLM(TemplateLM):
         )
 
 
+def main() -> int:
+    """The harness's command line; returns the exit code."""
+    try:
+        cli_evaluate()
+    except ApbError as error:
+        print(f"apb.evaluate.lm_eval: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(cli_evaluate())
+    sys.exit(main())

@@ -109,6 +109,29 @@ def test_full_attention_gives_what_the_harness_s_own_model_gives(
     assert own["results"]["apb_choice"]["acc,none"] >= 0.5, "a model that knows something"
 
 
+def test_the_command_line_asks_no_device_of_who_names_none(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    from apb.evaluate.lm_eval import main
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    options = ["--tasks", "apb_choice", "--include_path", f"{tasks}", "--output_path"]
+    arguments = ["--model_args", "model=tiny,method=full,world_size=1"]
+    command = ["lm_eval", "run", "--model", "apb", *options, f"{tmp_path}", *arguments]
+    monkeypatch.setattr("sys.argv", command)
+    assert main() == 0
+    (path,) = tmp_path.rglob("results_*.json")
+    assert 0 <= json.loads(path.read_text())["results"]["apb_choice"]["acc,none"] <= 1
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", [*command, "--device", "cuda:1"])
+    assert main() == 2
+    assert "apb.evaluate.lm_eval: device=cuda:1 must be one of auto, cpu, cuda" in (
+        capsys.readouterr().err
+    )
+
+
 def flat(responses: Any) -> dict[str, Any]:
     """Nested lists as a mapping that `approx` compares part by part."""
     if not isinstance(responses, list | tuple):
