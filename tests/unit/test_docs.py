@@ -36,6 +36,7 @@ def check_settings(words: Sequence[str], *, of: str = "apb.run") -> None:
     compose_config(["model=tiny" if word.endswith("model=NAME") else word for word in settings])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
 def test_the_site_builds_without_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
