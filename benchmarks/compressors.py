@@ -18,7 +18,7 @@ from apb.calibration import known_rates
 from apb.compress.base import BlockView, Compressor
 from apb.compress.retaining_file import RetainingHead, RetainingHeads, num_inputs
 from apb.compress.retaining_head import RetainingHeadCompressor
-from apb.errors import InputError
+from apb.errors import ApbError, InputError
 from apb.hf.model import DTYPES
 from apb.layout import Block
 from apb.methods.plan import PrefillPlan
@@ -154,6 +154,8 @@ def _measure(bench: Bench, case: Case, block: Block, args: argparse.Namespace) -
         except InputError as error:
             del compressors[name]
             reasons[name] = str(error)
+    for name, compressor in compressors.items():
+        check_selection(name, compressor, case, block, _draw(bench.scene, block))
     rounds = [_round(bench, case, block, compressors) for _ in range(args.warm_ups + args.repeats)][
         args.warm_ups :
     ]
@@ -166,6 +168,24 @@ def _measure(bench: Bench, case: Case, block: Block, args: argparse.Namespace) -
         )
         for name in args.names
     ]
+
+
+@torch.inference_mode()
+def check_selection(
+    name: str, compressor: Compressor, case: Case, block: Block, view: BlockView
+) -> None:
+    """Raises ApbError unless as many tokens as planned are kept, each once, none of the excluded
+    ones, and their keys and values are what is sent.
+    """
+    budget, excluded = case.plan.passing_lens[block.index], case.plan.excluded(block)
+    num_kv_heads, _, head_dim = view.k_KSD.shape
+    out_P2KD = view.k_KSD.new_empty(budget, 2, num_kv_heads, head_dim)
+    kept_KP = compressor.select(view, out_P2KD, backend=case.backend, excluded=excluded).long()
+    in_order = bool((kept_KP.diff(dim=1) > 0).all()) and kept_KP.shape == (num_kv_heads, budget)
+    index_KPD = kept_KP[..., None].expand(-1, -1, head_dim)
+    sent = [x_KSD.gather(1, index_KPD).transpose(0, 1) for x_KSD in (view.k_KSD, view.v_KSD)]
+    if not in_order or kept_KP.min() < excluded or not torch.equal(out_P2KD, torch.stack(sent, 1)):
+        raise ApbError(f"{name} sends other keys and values than it keeps, so that cost is moot")
 
 
 @torch.inference_mode()
@@ -241,6 +261,8 @@ def _render(
         *environment.lines(),
         f"* {plan.layout.context_len} tokens on {scene.ranks} ranks, {scene.dtype}, "
         f"{torch.get_num_threads()} threads",
+        "* before anything was timed, every compressor kept as many tokens as planned, each once, "
+        "and sent their keys and values",
         f"* rank {block.rank}, the last that passes anything on: block of {len(block)} tokens, "
         f"{plan.passing_lens[block.index]} of them kept per KV head",
         f"* a layer of that rank, replayed with the default compressor: {layer_s * 1e3:.1f} ms",
