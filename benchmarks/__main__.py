@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     # A job that is told to end gives its ranks the chance to.
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     module = import_module("benchmarks.suite" if name == _ALL else f"benchmarks.{name}")
-    sys.argv[1:] = arguments[1:]  # which reports state
+    if name != _ALL:
+        sys.argv[1:] = arguments[1:]  # as reports state it, behind the module's name
     try:
         code: int = module.main(arguments[1:])
     except KeyboardInterrupt:

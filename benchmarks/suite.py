@@ -110,6 +110,7 @@ class Suite:
         if expected_s > self._left_s:
             words = f"about {minutes(expected_s)} and {minutes(self._left_s)} are left"
             return replace(blank, reason=f"it takes {words}")
+        print(f"{job.name}: about {minutes(expected_s)}", file=sys.stderr)
         outcome = self._run(job, self._left_s)
         self._journal.add(outcome)
         self._count(job, outcome)
