@@ -21,9 +21,6 @@ def one_sentence(error: Exception) -> str:
             f"{error.override!r} is no setting: write KEY=VALUE, and a value with other characters "
             "than letters, digits and -_./ in quotation marks"
         )
-    if isinstance(error, AttributeError):  # the composition has it and the schema does not
-        named = error.name or str(error).rpartition(" attribute ")[2].strip("'")
-        return f"{named} {_ELSEWHERE}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = next(line for line in [*str(cause).splitlines(), type(error).__name__] if line.strip())
     text = text.strip()
@@ -40,6 +37,7 @@ def one_sentence(error: Exception) -> str:
 _ELSEWHERE = "does not apply to the other settings given"
 _ADVICE = {
     r"Could not override '(.*)'\. No match in the defaults list": _ELSEWHERE,
+    r".* object has no attribute '(.*)'": _ELSEWHERE,  # the composition has it, the schema does not
     r"Could not append to config\. An item is already at '(.*)'": "has a value: drop the plus",
 }
 

@@ -149,23 +149,22 @@ class RayRanks(Ranks):
         if unread or not waiting:
             return sorted(unread)
         try:
-            if not ray.wait(list(waiting), num_returns=1, timeout=timeout_s)[0]:
-                return []
-            found, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+            ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
+            found = {waiting[reference] for reference in _arrived(list(waiting))}
         except (RayError, ValueError):
-            found = []
+            raise EngineDeadError("the engine was closed") from None
         if not self._finalizer.alive:
             raise EngineDeadError("the engine was closed")
-        return sorted({waiting[one] for one in found})
+        return sorted(found)
 
     def receive(self, rank: int) -> bytes | None:
         """A rank's `run` returns what nobody has taken, and raises where its process has died."""
         unread = self._unread[rank]
         try:
-            if not unread and rank == OWNER and _is_ready(self._heard):
+            if not unread and rank == OWNER and _arrived([self._heard]):
                 unread.extend(ray.get(self._heard))
                 self._listen()
-            elif not unread and _is_ready(self._runs[rank]) and rank not in self._deaths:
+            elif not unread and _arrived([self._runs[rank]]) and rank not in self._deaths:
                 self._deaths[rank] = "it has stopped to serve"
                 unread.extend(ray.get(self._runs[rank]))
         except RayError as error:
@@ -177,13 +176,15 @@ class RayRanks(Ranks):
 
     @property
     def ended(self) -> list[int]:
-        return [rank for rank, run in enumerate(self._runs) if _is_ready(run)]
+        ended = _arrived(self._runs)
+        return [rank for rank, run in enumerate(self._runs) if run in ended]
 
     def beats(self) -> list[Beat]:
         if not self._runs:
             return []
+        arrived = _arrived(list(self._asked.values()))
         for rank, answer in list(self._asked.items()):
-            if _is_ready(answer):
+            if answer in arrived:
                 del self._asked[rank]
                 with contextlib.suppress(RayError):  # it has died, which its `run` tells
                     self._beats[rank] = Beat.read(ray.get(answer))
@@ -229,7 +230,7 @@ class RayRanks(Ranks):
 
     def _was_delivered(self, rank: int) -> bool:
         """Whether the last message may have reached the rank."""
-        if not _is_ready(self._posted[rank]):
+        if not _arrived([self._posted[rank]]):
             return True
         with contextlib.suppress(RayError):
             ray.get(self._posted[rank])
@@ -248,8 +249,11 @@ def runs_on_gpus(config: RunConfig) -> bool:
     return config.device == "cuda" or (config.device == "auto" and count_gpus() > 0)
 
 
-def _is_ready(reference: Any) -> bool:
-    return bool(ray.wait([reference], timeout=0)[0])
+def _arrived(references: Sequence[Any]) -> set[Any]:
+    """Those that need not be waited for."""
+    if not references:
+        return set()
+    return set(ray.wait(references, num_returns=len(references), timeout=0)[0])
 
 
 def _answer(reference: Any) -> Any:
