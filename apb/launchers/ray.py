@@ -253,7 +253,7 @@ def _arrived(references: Sequence[Any]) -> set[Any]:
     """Those that need not be waited for."""
     if not references:
         return set()
-    return set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+    return set(ray.wait(list(references), num_returns=len(references), timeout=0)[0])
 
 
 def _answer(reference: Any) -> Any:
