@@ -108,7 +108,8 @@ def request(llm: LLM, op: str, *given: Any) -> object:
     if op in SCORES:
         return getattr(llm, op)(*given)
     document, question, fields, timeout_s = given
-    params = SamplingParams(**(fields if isinstance(fields, dict) else {"max_tokens": 1}))
+    known = isinstance(fields, dict) and fields.keys() <= set(NAMES)
+    params = SamplingParams(**(fields if known else {"max_tokens": 1}))
     if op == "ask":
         return llm.ask(document, question, params, timeout_s=timeout_s)
     with closing(llm.stream(document, question, params, timeout_s=timeout_s)) as pieces:

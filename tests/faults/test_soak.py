@@ -57,8 +57,21 @@ def test_two_hundred_requests_with_faults_in_a_tenth(
             except RequestError:
                 refused += 1
             resident.append(psutil.Process().memory_info().rss)
-    print(f"{answered} answered, {len(failures)} gangs lost, {refused} refused")  # noqa: T201
-    print(f"driver: {resident[20] / 2**20:.1f} to {resident[-1] / 2**20:.1f} MiB")  # noqa: T201
+    after = Leftovers.now()
+    print(  # noqa: T201
+        f"{answered} answered, {len(failures)} gangs lost, {refused} refused",
+        f"driver: {resident[20] / 2**20:.1f} MiB after 20 requests, {resident[-1] / 2**20:.1f} MiB "
+        f"after {REQUESTS}",
+        *(
+            f"{name}: {getattr(before, name)} before, {getattr(after, name)} after"
+            for name in ("threads", "open_files")
+        ),
+        *(
+            f"{name}: {len(getattr(before, name))} before, {len(getattr(after, name))} after"
+            for name in ("processes", "folders", "shared_memory")
+        ),
+        sep="\n",
+    )
     assert len(failures) >= FAULTS // 2
     assert all(failure is not None and failure.rank is not None for failure in failures)
     assert refused >= 3
