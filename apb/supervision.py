@@ -144,11 +144,13 @@ class Watcher:
         late = [rank for rank in working if self._is_late(rank, now)]
         if late:
             return self._stall(min(late, key=lambda rank: _position(beats[rank])), now)
-        if active and not working and not _is_someone_away(beats):
-            last = max(active, key=lambda rank: self._since[rank])
-            if self._is_late(last, now):
-                return self._odd_one_out(active, now)
-        return None
+        waiting = [rank for rank in active if beats[rank].waiting]
+        last = max(waiting, key=lambda rank: self._since[rank], default=None)
+        if last is None or not self._is_late(last, now):
+            return None
+        if not working:
+            return None if _is_someone_away(beats) else self._odd_one_out(waiting, now)
+        return self._lost(working, last, now)
 
     def forget(self) -> None:
         """Begin anew: nobody looked for a while, so that what is seen next counts from then."""
@@ -161,9 +163,13 @@ class Watcher:
     def _silent(self, now: float) -> Stall | None:
         """The rank that nothing was heard of for longest, if that is too long."""
 
+        # Who is still importing libraries cannot answer; but where one rank has met the others, all
+        # have, whatever the last that was heard of them.
+        starts = all(beat.stage in (Stage.START, Stage.LEFT) for beat in self._seen)
+
         def setting(rank: int) -> str:
-            # Who is still importing libraries cannot answer.
-            return "start_s" if self._seen[rank].stage is Stage.START else "heartbeat_s"
+            is_starting = starts and self._seen[rank].stage is Stage.START
+            return "start_s" if is_starting else "heartbeat_s"
 
         silent = [
             rank
@@ -175,6 +181,19 @@ class Watcher:
             return None
         rank = max(silent, key=lambda rank: self.silence_s(rank, now))
         limit = f"supervision.{setting(rank)}={getattr(self._config, setting(rank)):g}"
+        return Stall(rank, self._seen[rank], self.silence_s(rank, now), limit, is_silent=True)
+
+    def _lost(self, working: Sequence[int], last: int, now: float) -> Stall | None:
+        """Ranks have waited for long, and those that work were last heard of before that.
+
+        They need not be at work any more: what is known of them is as old as their heartbeat.
+        """
+        if any(self._heard_at[rank] > self._since[last] for rank in working):
+            return None
+        if all(self._seen[rank].stage is Stage.START for rank in (*working, last)):
+            return None
+        rank = min(working, key=lambda rank: self._heard_at[rank])
+        limit = self._config.budget(self._seen[last])[0]
         return Stall(rank, self._seen[rank], self.silence_s(rank, now), limit, is_silent=True)
 
     def _is_late(self, rank: int, now: float) -> bool:

@@ -140,6 +140,7 @@ class RayRanks(Ranks):
         for rank in ranks:
             post = self._actors[rank].post.options(concurrency_group=INBOX)
             self._posted[rank] = post.remote(message)
+        self._ask()  # what is known of a rank that stops at once should not be from long ago
 
     def ready(self, timeout_s: float, *, besides: Container[int] = ()) -> list[int]:
         waiting = {run: rank for rank, run in enumerate(self._runs) if rank not in besides}
@@ -189,11 +190,14 @@ class RayRanks(Ranks):
                 with contextlib.suppress(RayError):  # it has died, which its `run` tells
                     self._beats[rank] = Beat.read(ray.get(answer))
         if time.monotonic() >= self._ask_at:
-            self._ask_at = time.monotonic() + _ASK_S
-            for rank in set(range(self.world_size)) - self._asked.keys():
-                beat = self._actors[rank].beat.options(concurrency_group=PULSE)
-                self._asked[rank] = beat.remote()
+            self._ask()
         return list(self._beats)
+
+    def _ask(self) -> None:
+        self._ask_at = time.monotonic() + _ASK_S
+        for rank in set(range(self.world_size)) - self._asked.keys():
+            beat = self._actors[rank].beat.options(concurrency_group=PULSE)
+            self._asked[rank] = beat.remote()
 
     @property
     def unheard(self) -> Container[int]:

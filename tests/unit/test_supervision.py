@@ -139,11 +139,40 @@ def test_a_rank_that_is_not_heard_of_is_blamed_whatever_it_was_at(stage: Stage, 
 
 def test_a_rank_that_starts_may_be_silent_for_longer() -> None:
     watcher = Watcher(SupervisionConfig(heartbeat_s=4.0, start_s=60.0))
+    meets = Beat(marks=1, waiting=True)
     for tick in range(60):
-        assert watcher.observe([working(3, marks=tick), Beat()], tick, unheard={1}) is None
-    stall = watcher.observe([working(3, marks=99), Beat()], 61, unheard={1})
+        assert watcher.observe([meets, Beat()], tick, unheard={1}) is None
+    stall = watcher.observe([meets, Beat()], 61, unheard={1})
     assert stall is not None
     assert (stall.rank, stall.limit) == (1, "supervision.start_s=60")
+
+
+def test_a_rank_that_others_have_met_does_not_start_though_nothing_else_was_heard_of_it() -> None:
+    watcher = Watcher(SupervisionConfig(heartbeat_s=4.0, start_s=60.0))
+    for tick in range(5):
+        assert watcher.observe([working(3, marks=tick), Beat()], tick, unheard={1}) is None
+    stall = watcher.observe([working(3, marks=99), Beat()], 5, unheard={1})
+    assert stall is not None
+    assert (stall.rank, stall.limit) == (1, "supervision.heartbeat_s=4")
+
+
+@pytest.mark.parametrize(
+    "last_heard", [working(1), working(0, stage=Stage.IDLE, request=0), Beat()]
+)
+def test_a_silent_rank_that_all_others_wait_for_has_the_time_of_an_exchange(
+    last_heard: Beat,
+) -> None:
+    """It may be stopped before its heartbeat tells what it is at."""
+    config = SupervisionConfig(layer_s=50.0, heartbeat_s=50.0, exchange_s=5.0)
+    watcher, answering = Watcher(config), Watcher(config)
+    beats = [waiting(2), last_heard, waiting(2)]
+    for tick in range(5):
+        assert watcher.observe(beats, tick, request=1, unheard={1}) is None
+    for tick in range(20):
+        assert answering.observe(beats, tick, request=1) is None
+    stall = watcher.observe(beats, 5.5, request=1, unheard={1})
+    assert stall is not None
+    assert (stall.rank, stall.limit, stall.is_silent) == (1, "supervision.exchange_s=5", True)
 
 
 def report(blame: Blame, rank: int, at_s: float) -> Report:
