@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -145,16 +146,16 @@ class StoreWatch:
     def _cause(self) -> RankFailure | None:
         if not self._store.check(["cause"]):
             return None
-        return RankFailure(*json.loads(self._store.multi_get(["cause"])[0]))
+        return _written(self._store.multi_get(["cause"])[0])
 
     def _agree(self, failure: RankFailure) -> RankFailure:
         """The first cause that any rank has found; whoever wrote it prints it."""
-        mine = json.dumps(failure)
+        mine = json.dumps([uuid.uuid4().hex, failure])  # another may find the very same
         found = self._store.compare_set("cause", "", mine).decode()
         if found == mine:
             text = "\n".join(filter(None, [f"apb: {failure.sentence}", failure.stack]))
             print(text, file=sys.stderr, flush=True)  # noqa: T201
-        return RankFailure(*json.loads(found))
+        return _written(found)
 
     def _without_store(self) -> RankFailure | None:
         """What the loss of the store means: nothing once its keeper or this rank is done."""
@@ -182,3 +183,9 @@ class StoreWatch:
 
     def _host_of(self, rank: int | None) -> str:
         return self._host if rank is None else self._signs[rank].host
+
+
+def _written(cause: str | bytes) -> RankFailure:
+    """The failure in the store, whoever wrote it."""
+    _, failure = json.loads(cause)
+    return RankFailure(*failure)
