@@ -26,11 +26,13 @@ class ExpectedAttentionCompressor(Compressor):
     over the `future` positions after the block; the expectation of exp(q.k) follows in closed form,
     is normalised over the block, averaged over the heads of a group and multiplied by the norm of
     the value (in place of the norm after the output projection). Scores are logarithms of that.
-    Queries of the first `sinks` positions of a text are outliers and left out.
+    Queries of the first `sinks` positions of a text are outliers and left out; of the others every
+    n-th tells the distribution, so that no more than `rows` do.
     """
 
-    def __init__(self, *, future: int, sinks: int, covariance: bool) -> None:
-        self._future, self._sinks, self._covariance = future, sinks, covariance
+    def __init__(self, *, future: int, sinks: int, rows: int, covariance: bool) -> None:
+        self._future, self._sinks, self._rows = future, sinks, rows
+        self._covariance = covariance
         self._rotary: Rotary | None = None
 
     def attach(self, target: CompressorTarget) -> None:
@@ -66,13 +68,14 @@ class ExpectedAttentionCompressor(Compressor):
         return future_HD, rotation.rotate(rotation.rotate(covariance_HDD).mT)
 
     def _typical_queries(self, block: BlockView, rotary: Rotary) -> Tensor:
-        """The block's queries before RoPE, in fp32, without those of sinks unless there are none
-        else.
+        """Some of the block's queries before RoPE, in fp32, without those of sinks unless there are
+        none else.
         """
         num_tokens = block.k_KSD.shape[1]
         outliers = max(0, self._sinks - block.start)
-        rows = slice(outliers if outliers < num_tokens else 0, num_tokens)
-        return block.before_rope(rotary, rows)[0]
+        first = outliers if outliers < num_tokens else 0
+        every = -(-(num_tokens - first) // self._rows)
+        return block.before_rope(rotary, slice(first, num_tokens, every))[0]
 
     def _average_rotation(self, block: BlockView, rotary: Rotary) -> Rotation:
         """RoPE, averaged over the positions after the block; no rotation, but linear as one."""
@@ -89,11 +92,13 @@ class ExpectedAttentionConfig(CompressorConfig):
     Attributes:
         future: positions after the block that queries are expected at.
         sinks: positions at the beginning of a text whose queries are outliers.
+        rows: of the block whose queries tell the distribution, at most, evenly spaced.
         covariance: whether the spread of the queries counts or their mean alone.
     """
 
     future: int = 512
     sinks: int = 4
+    rows: int = 1024
     covariance: bool = True
 
     def __post_init__(self) -> None:
@@ -101,8 +106,10 @@ class ExpectedAttentionConfig(CompressorConfig):
             raise InputError(f"method.compressor.future={self.future} must be at least 1")
         if self.sinks < 0:
             raise InputError(f"method.compressor.sinks={self.sinks} must not be negative")
+        if self.rows < 1:
+            raise InputError(f"method.compressor.rows={self.rows} must be at least 1")
 
     def build(self, *, seed: int) -> ExpectedAttentionCompressor:
         return ExpectedAttentionCompressor(
-            future=self.future, sinks=self.sinks, covariance=self.covariance
+            future=self.future, sinks=self.sinks, rows=self.rows, covariance=self.covariance
         )

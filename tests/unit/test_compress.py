@@ -221,6 +221,7 @@ def test_scores_of_any_block_are_finite(name: str, dtype: torch.dtype) -> None:
         ),
         ("expected_attention", {"future": 0}, "future=0 must be at least 1"),
         ("expected_attention", {"sinks": -1}, "sinks=-1 must not be negative"),
+        ("expected_attention", {"rows": 0}, "rows=0 must be at least 1"),
         ("lag_kv", {"lag": 1}, "lag=1 must be at least 2"),
         ("fusion", {"members": ["window"]}, r"members=\[window\] must be two or more"),
         ("fusion", {"members": ["tova", "tova"]}, r"members=\[tova,tova\] must be .* each once"),
