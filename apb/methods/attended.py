@@ -17,7 +17,9 @@ from apb.trace.records import SINK_TOKENS, AttendedLayer
 MAX_TOKENS = 128
 """Of an answer, its first ones: each costs a second look at the keys of some layers."""
 _LAYERS = 8
-_CHUNK = 65536
+_TOGETHER = 32
+"""Rows that wait for one another, as most of a look at the keys is reading them."""
+_CHUNK = 8192
 """Keys that are scored at once, which bounds the scores in memory."""
 
 
@@ -49,8 +51,9 @@ class BlockObserver:
         self._columns, self._cache = list(_columns(blocks)), cache
         self._layers = frozenset(spread_indices(num_layers, _LAYERS))
         self._seen: dict[int, _Pass] = {}
+        self._waiting: dict[int, list[_Pass]] = {layer_idx: [] for layer_idx in self._layers}
         self._kept: dict[int, list[Tensor]] = {layer_idx: [] for layer_idx in self._layers}
-        self._num_kept = 0
+        self._num_kept = self._num_waiting = 0
 
     def observe(self, layer: LayerInputs, lse_TH: Tensor) -> None:
         """A pass has run that layer; the rows of the last pass are what `keep` is about."""
@@ -59,17 +62,33 @@ class BlockObserver:
 
     def keep(self, rows: Sequence[int]) -> None:
         """These rows of the pass have each predicted a token of the answer."""
-        for layer_idx, seen in self._seen.items():
-            shares_THC = self._shares(layer_idx, seen, list(rows))
+        if not self._seen:
+            return
+        for layer_idx, (q_HTD, lse_TH, scale) in self._seen.items():
+            kept = _Pass(q_HTD[:, list(rows)].float(), lse_TH[list(rows)].float(), scale)
+            self._waiting[layer_idx].append(kept)
+        self._seen = {}
+        self._num_kept += len(rows)
+        self._num_waiting += len(rows)
+        if self._num_waiting >= _TOGETHER:
+            self._look()
+
+    def _look(self) -> None:
+        """Score the rows that wait; the document's keys are the same since the first of them."""
+        for layer_idx, waiting in self._waiting.items():
+            if not waiting:
+                continue
+            q_HTD = torch.cat([it.q_HTD for it in waiting], dim=1)
+            lse_TH = torch.cat([it.lse_TH for it in waiting])
+            shares_THC = self._shares(layer_idx, _Pass(q_HTD, lse_TH, waiting[0].scale))
             found_2TC = torch.stack([shares_THC.mean(dim=1), shares_THC.amax(dim=1)])
             self._kept[layer_idx].append(found_2TC)
-        if self._seen:
-            self._num_kept += len(rows)
-        self._seen = {}
+            waiting.clear()
+        self._num_waiting = 0
 
-    def _shares(self, layer_idx: int, seen: _Pass, rows: list[int]) -> Tensor:
-        """Attention probability ``[T, H, C]`` of those rows on each column."""
-        q_HTD, lse_HT1 = seen.q_HTD[:, rows].float(), seen.lse_TH[rows].float().mT[..., None]
+    def _shares(self, layer_idx: int, rows: _Pass) -> Tensor:
+        """Attention probability ``[T, H, C]`` of the rows on each column."""
+        q_HTD, lse_HT1 = rows.q_HTD, rows.lse_TH.mT[..., None]
         k_KSD, _ = self._cache.view(layer_idx)
         kv_heads = k_KSD.shape[0]
         q_KGD, lse_KG1 = (x.reshape(kv_heads, -1, x.shape[-1]) for x in (q_HTD, lse_HT1))
@@ -78,7 +97,7 @@ class BlockObserver:
         for first in range(0, num_keys, _CHUNK):
             last = min(first + _CHUNK, num_keys)
             k_KED = k_KSD[:, first:last].float()
-            probs_KGE = torch.baddbmm(-lse_KG1, q_KGD, k_KED.mT, alpha=seen.scale).exp_()
+            probs_KGE = torch.baddbmm(-lse_KG1, q_KGD, k_KED.mT, alpha=rows.scale).exp_()
             lengths = [
                 max(0, min(last, column.stop) - max(first, column.start))
                 for column in self._columns
@@ -88,6 +107,7 @@ class BlockObserver:
         return shares_KGC.view(*q_HTD.shape[:2], -1).transpose(0, 1)
 
     def findings(self) -> list[AttendedLayer]:
+        self._look()
         blocks = [column.block for column in self._columns]
         return [
             AttendedLayer(layer_idx, blocks, *torch.cat(kept, dim=1).tolist())

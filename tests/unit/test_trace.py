@@ -179,7 +179,10 @@ def test_an_inner_phase_hides_the_outer_one() -> None:
     }
 
 
-def test_shares_of_blocks_are_those_of_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [1, 3, 4, 99])
+def test_shares_of_blocks_are_those_of_dense_attention(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heads, kv_heads, rows, dim, scale = 4, 2, 3, 8, 0.7
     layout = SequenceLayout.even(50, num_blocks=3, world_size=2)
     k_KSD = torch.randn(kv_heads, 50 + rows, dim)
@@ -196,12 +199,16 @@ def test_shares_of_blocks_are_those_of_dense_attention(monkeypatch: pytest.Monke
     cache.write(0, k_KSD[:, :50], k_KSD[:, :50])
     cache.commit(torch.arange(50))
     monkeypatch.setattr(attended, "_CHUNK", 7)
+    monkeypatch.setattr(attended, "_TOGETHER", together)
     observer = BlockObserver(layout.blocks, cache, num_layers=1)
-    observer.observe(LayerInputs(0, q_HTD, k_KSD, k_KSD, scale), lse_TH)
-    observer.keep([0, 2])
+    passes = [[0, 2], [1], [2, 0, 1], [1]]
+    for kept in passes:
+        observer.observe(LayerInputs(0, q_HTD, k_KSD, k_KSD, scale), lse_TH)
+        observer.keep(kept)
+        observer.keep([0])  # a pass that no layer of which was observed
     [found] = observer.findings()
     assert found.blocks == [-1, 0, 1, 2]
-    kept_HTC = expected[:, [0, 2]]
+    kept_HTC = expected[:, [row for kept in passes for row in kept]]
     torch.testing.assert_close(torch.tensor(found.means), kept_HTC.mean(dim=0))
     torch.testing.assert_close(torch.tensor(found.peaks), kept_HTC.amax(dim=0))
 
