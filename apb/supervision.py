@@ -188,9 +188,8 @@ class Watcher:
 
         They need not be at work any more: what is known of them is as old as their heartbeat.
         """
-        if any(self._heard_at[rank] > self._since[last] for rank in working):
-            return None
-        if all(self._seen[rank].stage is Stage.START for rank in (*working, last)):
+        starts = all(self._seen[rank].stage is Stage.START for rank in (*working, last))
+        if starts or any(self._heard_at[rank] > self._since[last] for rank in working):
             return None
         rank = min(working, key=lambda rank: self._heard_at[rank])
         limit = self._config.budget(self._seen[last])[0]

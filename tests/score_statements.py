@@ -116,7 +116,7 @@ def rotation(position: int, rotary: Rotary) -> Tensor:
 
 
 def expected_attention_scores(
-    block: BlockView, head: int, rotary: Rotary, *, future: int, sinks: int, every: int = 1
+    block: BlockView, head: int, rotary: Rotary, *, future: int, sinks: int, rows: int = 1024
 ) -> list[float]:
     """Logarithm of a token's expected share of attention, times the norm of its value."""
     num_tokens, groups = block.k_KSD.shape[1], groups_of(block)
@@ -126,8 +126,9 @@ def expected_attention_scores(
     back = [rotation(block.start + row, rotary).inverse() for row in range(num_tokens)]
     shares_S = torch.zeros(num_tokens, dtype=torch.float64)
     for q_SD in block.q_HSD[head * groups : (head + 1) * groups].double():
-        rows = [row for row in range(num_tokens) if block.start + row >= sinks]
-        chosen = (rows or range(num_tokens))[::every]
+        typical = [row for row in range(num_tokens) if block.start + row >= sinks]
+        typical = typical or list(range(num_tokens))
+        chosen = typical[:: math.ceil(len(typical) / rows)]
         before_TD = torch.stack([back[row] @ q_SD[row] for row in chosen])
         mean_D, centred_TD = before_TD.mean(dim=0), before_TD - before_TD.mean(dim=0)
         covariance_DD = sum(x_D.outer(x_D) for x_D in centred_TD) / len(centred_TD)

@@ -43,7 +43,7 @@ WINDOWS = {"query": QueryConfig, "window": WindowConfig}
 
 
 SCORES = (
-    ExpectedAttentionConfig(future=7, sinks=2),
+    ExpectedAttentionConfig(future=7, sinks=2, rows=9),
     KeydiffConfig(),
     TovaConfig(),
     LagKvConfig(lag=4),

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from apb.compress.expected_attention import ExpectedAttentionConfig
 from apb.compress.window import WindowConfig
 from apb.config import RunConfig, compose_config, model_names
 from apb.errors import InputError
@@ -86,7 +87,7 @@ def test_settings_of_layout_wire_and_placement_reach_the_dataclasses() -> None:
         ]
     )
     assert config.method == AutoConfig(
-        compressor=WindowConfig(),
+        compressor=ExpectedAttentionConfig(),
         layout=LayoutPolicy.zigzag,
         wire=WireFormat.int8,
         overlap=False,
@@ -145,7 +146,7 @@ def test_whole_share_stays_a_share() -> None:
         ([MODEL, "method.passing_len=1.5"], "passing_len=1.5"),
         ([MODEL, "method.anchor_len=-1"], "anchor_len=-1"),
         ([MODEL, "method.min_block_len=0"], "min_block_len=0"),
-        ([MODEL, "method.compressor.kernel=4"], "kernel=4"),
+        ([MODEL, "method/compressor=window", "method.compressor.kernel=4"], "kernel=4"),
         ([MODEL, "runtime.chunk_len=0"], "runtime.chunk_len=0 must be at least 1"),
         ([MODEL, "method.layout=odd"], "odd"),
         ([MODEL, "method.wire=int4"], "int4"),
