@@ -14,6 +14,8 @@ _INK = "#7d7d7d"
 _COLOURS = ("#1f8fd6", "#e07b00", "#2ca05a", "#c44e9c", "#a08400", "#6a6ae0", "#d04a3a")
 _LINE = 84
 """Characters below an axis, in all."""
+_MOST_LEVEL = 8
+"""Labels that have room beside one another."""
 _NUDGE = 1.02
 """Neighbouring series are drawn so much apart, so that their intervals do not hide each other."""
 
@@ -117,9 +119,12 @@ def plot_bars(
                     label=name if name not in axes.get_legend_handles_labels()[1] else None,
                 )
                 tops[group] += y
-        room = max(9, _LINE // len(groups))
-        names = [textwrap.fill(name, room, break_long_words=False) for name in groups]
-        axes.set_xticks(range(len(groups)), names)
+        if len(groups) > _MOST_LEVEL:
+            axes.set_xticks(range(len(groups)), groups, rotation=35, ha="right")
+        else:
+            room = max(9, _LINE // len(groups))
+            names = [textwrap.fill(name, room, break_long_words=False) for name in groups]
+            axes.set_xticks(range(len(groups)), names)
         axes.margins(y=0.12)
     return path
 

@@ -146,7 +146,12 @@ def chart(summary: Summary, model: str) -> Chart:
     ]
     groups: dict[str, dict[str, Interval | float]] = {}
     for score in scores:
-        groups.setdefault(score.group, {})[score.method] = score.difference.interval()
+        name, _, share = score.method.partition("@")
+        if not share:
+            groups.setdefault(score.group, {})[name] = score.difference.interval()
+        elif score.group == "needles":  # compressors by how much they may keep
+            passing = f"passing {share} of a block"
+            groups.setdefault(name.removeprefix("apb-"), {})[passing] = score.difference.interval()
     return Bars(
         title=f"Log-probability per token of {model}",
         y_label=f"method minus {REFERENCE}, nats",

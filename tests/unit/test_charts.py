@@ -93,3 +93,10 @@ def test_a_report_has_its_chart_beside_it(tmp_path: Path) -> None:
     assert path.with_suffix(".svg").is_file()
     assert path.read_text().endswith(f"![a chart]({path.stem}.svg)\n")
     assert spread.interval(1e3) == (0.0, 2e3, 1e3, 4e3)
+
+
+def test_many_groups_keep_their_names_whole(tmp_path: Path) -> None:
+    groups = {f"a long name {index}": {"x": 1.0} for index in range(12)}
+    text = Bars(title="t", y_label="s", groups=groups).draw(tmp_path / "bars.svg").read_text()
+    words = [element.text for element in ElementTree.fromstring(text).iter()]
+    assert groups.keys() <= set(words)
