@@ -160,15 +160,17 @@ class Watcher:
         """For how long nothing was heard of a rank, at the time of the last look."""
         return now - self._heard_at[rank]
 
+    @property
+    def _has_met(self) -> bool:
+        """Whether the gang has: all ranks if one, whatever was last heard of the others."""
+        return any(beat.stage not in (Stage.START, Stage.LEFT) for beat in self._seen)
+
     def _silent(self, now: float) -> Stall | None:
         """The rank that nothing was heard of for longest, if that is too long."""
 
-        # Who is still importing libraries cannot answer; but where one rank has met the others, all
-        # have, whatever the last that was heard of them.
-        starts = all(beat.stage in (Stage.START, Stage.LEFT) for beat in self._seen)
-
         def setting(rank: int) -> str:
-            is_starting = starts and self._seen[rank].stage is Stage.START
+            # Who is still importing libraries cannot answer.
+            is_starting = self._seen[rank].stage is Stage.START and not self._has_met
             return "start_s" if is_starting else "heartbeat_s"
 
         silent = [
@@ -184,12 +186,10 @@ class Watcher:
         return Stall(rank, self._seen[rank], self.silence_s(rank, now), limit, is_silent=True)
 
     def _lost(self, working: Sequence[int], last: int, now: float) -> Stall | None:
-        """Ranks have waited for long, and those that work were last heard of before that.
-
-        They need not be at work any more: what is known of them is as old as their heartbeat.
+        """Of ranks that work as far as is known, the one not heard of for longest, if none was
+        since the last of the others began to wait: it need not be at work any more.
         """
-        starts = all(self._seen[rank].stage is Stage.START for rank in (*working, last))
-        if starts or any(self._heard_at[rank] > self._since[last] for rank in working):
+        if not self._has_met or any(self._heard_at[rank] > self._since[last] for rank in working):
             return None
         rank = min(working, key=lambda rank: self._heard_at[rank])
         limit = self._config.budget(self._seen[last])[0]
