@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from apb.errors import InputError
 from apb.hf.batch import BatchGenerator
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer, stop_ids
+from apb.json_lines import JsonLines
 from apb.prompts.template import build_prompt
 from apb.train.requests import make_request
 from apb.worker import choose_device
@@ -81,13 +82,14 @@ def answer_requests(config: RunConfig, options: Options) -> None:
     tokenizer, device = load_tokenizer(config.model), choose_device(config.device, 0)
     template = {"template": config.model.template, "user_template": config.model.user_template}
     prompts = _prompts(files, tokenizer, template, options)
-    done = _finished(options.output)
-    missing = islice(prompts, done, options.count)
-    model = CausalLM.load(config.model, dtype=choose_dtype(config.dtype, device), device=device)
-    stops = stop_ids(config.model, load_config(config.model), tokenizer)
-    generator = BatchGenerator(model, stops)
-    bar = tqdm(total=options.count, initial=done, desc="answers", disable=None)
-    with options.output.open("a", encoding="utf-8") as file:
+    with closing(JsonLines(options.output, output=options.output, writer="run")) as journal:
+        journal.drop_begun()
+        done = len(journal.read().whole)
+        missing = islice(prompts, done, options.count)
+        model = CausalLM.load(config.model, dtype=choose_dtype(config.dtype, device), device=device)
+        stops = stop_ids(config.model, load_config(config.model), tokenizer)
+        generator = BatchGenerator(model, stops)
+        bar = tqdm(total=options.count, initial=done, desc="answers", disable=None)
         while batch := list(islice(missing, options.batch)):
             turn = done // options.batch
             answers = generator.answers(
@@ -96,30 +98,19 @@ def answer_requests(config: RunConfig, options: Options) -> None:
                 temperature=_TEMPERATURES[turn % len(_TEMPERATURES)],
                 seed=options.seed + turn,
             )
-            for prompt_ids, token_ids in zip(batch, answers, strict=True):
-                record = {"prompt_ids": list(prompt_ids), "token_ids": token_ids}
-                file.write(json.dumps(record) + "\n")
-            file.flush()
+            records = [
+                {"prompt_ids": prompt_ids, "token_ids": token_ids}
+                for prompt_ids, token_ids in zip(batch, answers, strict=True)
+            ]
+            journal.append(*records)
             done += len(batch)
             bar.update(len(batch))
-    bar.close()
+        bar.close()
     if done < options.count:
         raise InputError(
             f"data= has passages for {done} requests, fewer than count={options.count}: give more "
             "text or ask for fewer"
         )
-
-
-def _finished(output: Path) -> int:
-    """Whole records that an earlier run has left; what it was writing when it ended is dropped."""
-    if not output.exists():
-        return 0
-    data = output.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with output.open("r+b") as file:
-            file.truncate(whole)
-    return data[:whole].count(b"\n")
 
 
 def _prompts(
