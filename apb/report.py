@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -157,4 +159,12 @@ def rank_layout(plan: PrefillPlan, rank: int) -> RankLayout:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, threads per rank: {torch.get_num_threads()})"
+    return f"cpu ({processor_name()}, threads per rank: {torch.get_num_threads()})"
+
+
+def processor_name() -> str:
+    """As the processor calls itself, or its instruction set where that cannot be read."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()

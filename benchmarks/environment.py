@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from apb.report import processor_name
 from apb.revision import revision
 
 ROOT = Path(__file__).parents[1]
@@ -75,10 +76,7 @@ def hardware() -> str:
     """The GPU's name or, without one, the processor's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return processor_name()
 
 
 def hardware_slug() -> str:

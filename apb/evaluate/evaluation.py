@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -90,8 +91,10 @@ def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) ->
                 for item in chosen:
                     bar.set_description(f"{item.place.task} {item.place.length} {label}")
                     params = llm.config.decode.sampling_params(seed=llm.config.seed)
+                    began = time.perf_counter()
                     row = cases[item].run(llm, item.place, label, params)
-                    journal.append(replace(row, source=source))
+                    seconds = time.perf_counter() - began
+                    journal.append(replace(row, seconds=seconds, source=source))
                     bar.update()
 
 

@@ -33,6 +33,7 @@ class Row:
         tokens: of the document.
         score: from 0 to 1, of an answer.
         logprob: of a given continuation, per token; `kl` is that to exact attention, in nats.
+        seconds: from the request to the score.
         ran: in which dtype, where and by which attention.
         source: the commit of apb.
     """
@@ -50,6 +51,7 @@ class Row:
     kl: float | None = None
     prefill_s: float | None = None
     ttft_s: float | None = None
+    seconds: float | None = None
     notes: tuple[str, ...] = ()
     ran: str | None = None
     source: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 from apb.evaluate.intervals import Difference, Estimate
 from apb.evaluate.journal import Row
@@ -27,6 +28,9 @@ def render(summary: Summary, settings: Settings, rows: Sequence[Row]) -> list[st
 
 def _facts(summary: Summary, settings: Settings, rows: Sequence[Row]) -> Iterator[str]:
     versions = ", ".join(map(" ".join, installed_versions().items()))
+    yield f"* command: `{settings.command}`"
+    timed = [row.seconds for row in rows if row.seconds is not None]
+    yield f"* {len(timed)} rows took {timedelta(seconds=round(sum(timed)))}, starts of ranks aside"
     yield f"* {settings.samples} samples of each task at each length; {versions}"
     # More than one of each where a folder was filled in several goes.
     for what, origins in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,6 +41,7 @@ class Settings:
         data: files with questions of the user's, and how their answers are scored.
         overrides: those of the command line, which every row depends on.
         baseline: another evaluation to compare with; None is the first method.
+        command: that these settings come from.
         config: of the first method; methods differ in nothing that an evaluation itself reads.
     """
 
@@ -52,6 +54,7 @@ class Settings:
     overrides: tuple[str, ...]
     output: Path
     baseline: Path | None
+    command: str
     config: RunConfig
 
     def identity(self) -> dict[str, Any]:
@@ -100,6 +103,7 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
         overrides=common,
         output=Path(values.get("output", f"outputs/evaluate/{folder}")),
         baseline=Path(values["baseline"]) if "baseline" in values else None,
+        command=shlex.join(["python", "-m", "apb.evaluate", *arguments]),
         config=config,
     )
 

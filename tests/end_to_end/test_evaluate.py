@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ WORDS = [
     *("+model=tiny", "tasks=niah_single_1,prose", "methods=[full,star,apb]"),
     *("lengths=2048", "samples=2", "seed=3"),
 ]
-TIMES = ("prefill_s", "ttft_s")
+TIMES = ("prefill_s", "ttft_s", "seconds")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -45,6 +46,9 @@ def test_rows_and_report_say_what_they_come_from(done: Path) -> None:
     source = revision(Path(__file__).parents[2], "apb", "conf", "kernels")
     assert {row["source"] for row in rows(done)} == {source}
     report = (done / "report.md").read_text()
+    command = shlex.join(["python", "-m", "apb.evaluate", *WORDS, f"output={done}"])
+    assert f"* command: `{command}`" in report
+    assert "* 12 rows took 0:" in report
     assert f"* by apb at commit {source} (12 rows)" in report
     assert "* ran in float32 on cpu" in report or "* ran in bfloat16 on cpu" in report
     assert "sdpa (6 rows)" in report, "of prose nothing is generated"
