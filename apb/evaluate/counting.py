@@ -31,12 +31,18 @@ class Repeats(NamedTuple):
 
 
 def common_words(rng: random.Random, length: int) -> Draft:
-    """Ten words thirty times each among words three times each; 6 and 1 in short lists."""
-    repeats = Repeats(30, 3) if length >= _SHORT else Repeats(6, 1)
+    """Ten words thirty times each among words three times each; 6 and 1 in short lists.
+
+    A worked example comes first, as in RULER's own generator: 40 words, 10 and 3 times; in short
+    documents 20 words, 3 and 1 times.
+    """
+    long = length >= _SHORT
+    repeats = Repeats(30, 3) if long else Repeats(6, 1)
     source = words.compounds(rng)
+    chosen = list(islice(source, 40 if long else 20))
     head = (
         "Below are numbered lists of words. Some words occur more often than others.\n\n"
-        + _example(rng, list(islice(source, _NUM_COMMON + 10)))
+        + _example(rng, chosen, Repeats(10, 3) if long else Repeats(3, 1))
     )
     common = list(islice(source, _NUM_COMMON))
     others, seed = Stock(source), rng.random()
@@ -47,9 +53,9 @@ def common_words(rng: random.Random, length: int) -> Draft:
     return Draft(build, _asked("last list"), tuple(common), _start("last list"))
 
 
-def _example(rng: random.Random, chosen: list[str]) -> str:
+def _example(rng: random.Random, chosen: list[str], repeats: Repeats) -> str:
     common, others = chosen[:_NUM_COMMON], chosen[_NUM_COMMON:]
-    listed = _numbered(common, others, Repeats(3, 1), rng)
+    listed = _numbered(common, others, repeats, rng)
     answer = " ".join(f"{place}. {word}" for place, word in enumerate(common, start=1))
     return f"{listed}\n{_asked('list')}\n{_start('list')} {answer}\n\n"
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from apb.evaluate.fit import Build, Encode, check_fits, fit
+
+T = TypeVar("T")
 
 
 class Draft(NamedTuple):
@@ -33,16 +35,32 @@ Score = Callable[[str, Sequence[str]], float]
 """An answer and the right ones to a number from 0 to 1."""
 
 
+class Source(random.Random):
+    """What a sample is drawn from: the same for the same task, length, seed and index."""
+
+    def __init__(self, name: str, length: int, seed: int, index: int) -> None:
+        super().__init__(f"{name} {length} {seed} {index}")
+        self._samples, self._index = f"{name} {length} {seed}", index
+
+    def in_turn(self, things: Sequence[T]) -> T:
+        """One of few things: the samples of a task take all of them before any comes again."""
+        turn, place = divmod(self._index, len(things))
+        order = random.Random(f"{self._samples} turn {turn}").sample(
+            range(len(things)), len(things)
+        )
+        return things[order[place]]
+
+
 class Task(NamedTuple):
     """How samples are made and judged.
 
     Attributes:
-        draft: from a random source and the wanted number of tokens.
+        draft: from a source and the wanted number of tokens.
         score: of an answer.
         max_tokens: of an answer.
     """
 
-    draft: Callable[[random.Random, int], Draft]
+    draft: Callable[[Source, int], Draft]
     score: Score
     max_tokens: int
 
@@ -61,7 +79,7 @@ class Task(NamedTuple):
         return Sample(text, ids, draft.question, draft.answers, draft.answer_start)
 
     def _draft(self, name: str, length: int, seed: int, index: int) -> Draft:
-        return self.draft(random.Random(f"{name} {length} {seed} {index}"), length)
+        return self.draft(Source(name, length, seed, index), length)
 
 
 def depths(rng: random.Random, number: int) -> list[float]:

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apb.evaluate.draft import Draft, depths
+from apb.evaluate.draft import Draft, Source, depths
 from apb.evaluate.words import Stock
 from apb.prompts.haystack import chronicle, weave
 
@@ -62,12 +62,12 @@ def library() -> Library:
     return Library(texts, tuple(single), tuple(double))
 
 
-def one_passage(rng: random.Random, length: int) -> Draft:
-    return _draft(rng, rng.choice(library().single))
+def one_passage(rng: Source, length: int) -> Draft:
+    return _draft(rng, rng.in_turn(library().single))
 
 
-def two_passages(rng: random.Random, length: int) -> Draft:
-    return _draft(rng, rng.choice(library().double))
+def two_passages(rng: Source, length: int) -> Draft:
+    return _draft(rng, rng.in_turn(library().double))
 
 
 def _draft(rng: random.Random, question: Question) -> Draft:

@@ -34,7 +34,7 @@ def encode_words(text: str) -> list[int]:
 
 
 ENCODERS = {"bytes": encode_bytes, "words": encode_words}
-LENGTHS = {"bytes": (8192, 30_000), "words": (2048, 9000)}
+LENGTHS = {"bytes": (12_000, 30_000), "words": (2048, 9000)}
 seeds = st.integers(0, 2**32)
 
 
@@ -176,15 +176,19 @@ def test_variables_of_the_asked_value_are_a_chain_in_reading_order(seed: int) ->
     assert " ".join(example) in made.document
 
 
-@pytest.mark.parametrize(("length", "common", "other"), [(4095, 6, 1), (4096, 30, 3)])
+@pytest.mark.parametrize(
+    ("length", "common", "other", "example"),
+    [(4095, 6, 1, {3: 10, 1: 10}), (4096, 30, 3, {10: 10, 3: 30})],
+)
 @settings(max_examples=5, deadline=None)
 @given(seed=seeds)
 def test_common_words_are_repeated_as_defined(
-    length: int, common: int, other: int, seed: int
+    length: int, common: int, other: int, example: dict[int, int], seed: int
 ) -> None:
     made = sample("cwe", length, seed=seed, encode=encode_words)
     items = ITEM.findall(made.document)
     last = [at for at, (number, _) in enumerate(items) if number == "1"][-1]
+    assert Counter(Counter(word for _, word in items[:last]).values()) == example
     listed = items[last:]
     assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
     counts = Counter(word for _, word in listed)
@@ -228,6 +232,21 @@ def test_the_passages_with_the_answer_are_among_the_documents(task: str, seed: i
     holder = library().passages[asked.titles[-1]].lower()
     assert any(answer.lower() in holder for answer in made.answers)
     assert len(found) > 40, "distractors beyond the packaged passages"
+
+
+@pytest.mark.parametrize(("task", "number"), [("qa_1", 72), ("qa_2", 17)])
+def test_all_questions_are_asked_before_any_is_asked_again(task: str, number: int) -> None:
+    asked = [sample(task, 9000, index=index).question for index in range(2 * number)]
+    assert len(set(asked[:number])) == len(set(asked[number:])) == number
+    assert asked[:number] != asked[number:]
+
+
+def test_numbers_that_are_answers_do_not_occur_inside_of_others() -> None:
+    for question in library().single:
+        text = library().passages[question.titles[0]]
+        for answer in filter(str.isdigit, question.answers):
+            assert len(answer) > 1
+            assert text.count(answer) == len(re.findall(rf"(?<!\d){answer}(?!\d)", text))
 
 
 def test_every_packaged_question_is_answered_where_it_says_and_not_by_its_own_words() -> None:
