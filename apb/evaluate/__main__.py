@@ -24,12 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from apb.errors import ApbError
-from apb.evaluate.evaluation import (
-    check_comparable,
-    evaluate,
-    first_method,
-    other_evaluation,
-)
+from apb.evaluate.evaluation import evaluate, first_method, other_evaluation
 from apb.evaluate.plot import plot_scores
 from apb.evaluate.report import render
 from apb.evaluate.settings import Settings, parse_settings
@@ -61,10 +56,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _report(settings: Settings) -> list[str]:
     other = None if settings.baseline is None else other_evaluation(settings.baseline)
-    rows = evaluate(settings)
-    name, others = baseline = other or first_method(settings, rows)
-    check_comparable(rows, baseline)
-    summary = summarise(rows, name, others)
+    rows = evaluate(settings, other)
+    baseline = other or first_method(settings, rows)
+    summary = summarise(rows, baseline.name, baseline.rows)
     lines = render(summary, settings, rows)
     model = settings.config.model.name
     try:
@@ -75,7 +69,7 @@ def _report(settings: Settings) -> list[str]:
     data = {
         **settings.identity(),
         "model": model,
-        "baseline": name,
+        "baseline": baseline.name,
         "summary": [entry.to_json() for entry in summary.entries],
     }
     write_json(settings.output / "summary.json", data)

@@ -40,6 +40,10 @@ class QuestionCase:
     score: Score
     max_tokens: int
 
+    @property
+    def digest(self) -> str:
+        return _digest(self.sample.document_ids, self.sample.question)
+
     def run(self, llm: LLM, place: Place, method: str, params: SamplingParams) -> Row:
         output = llm.ask(
             self.sample.document_ids,
@@ -50,7 +54,7 @@ class QuestionCase:
         return Row(
             **place._asdict(),
             method=method,
-            digest=_digest(self.sample.document_ids, self.sample.question),
+            digest=self.digest,
             tokens=len(self.sample.document_ids),
             score=self.score(output.text, self.sample.answers),
             text=output.text,
@@ -69,12 +73,16 @@ class ProseCase:
     document_ids: Sequence[int]
     continuation_ids: Sequence[int]
 
+    @property
+    def digest(self) -> str:
+        return _digest([*self.document_ids, *self.continuation_ids], "")
+
     def run(self, llm: LLM, place: Place, method: str, params: SamplingParams) -> Row:
         found = llm.divergence(self.document_ids, self.continuation_ids)
         return Row(
             **place._asdict(),
             method=method,
-            digest=_digest([*self.document_ids, *self.continuation_ids], ""),
+            digest=self.digest,
             tokens=len(self.document_ids),
             logprob=sum(found.logprobs) / len(found.logprobs),
             kl=sum(found.kl) / len(found.kl),
@@ -106,7 +114,10 @@ def items(settings: Settings, vocabulary: Vocabulary, *, max_tokens: int) -> lis
         for length in settings.lengths:
             if name != PROSE:  # its shortest form tells, and takes no time
                 TASKS[name].check(name, length, seed=seed, encode=vocabulary.encode)
-    prose = _prose(vocabulary) if PROSE in settings.tasks else None
+    prose = None
+    if PROSE in settings.tasks:
+        prose = _prose(vocabulary)
+        prose(Place(PROSE, settings.lengths[-1], 0))
     found: list[Item] = []
     for index in range(settings.samples):
         for length in settings.lengths:

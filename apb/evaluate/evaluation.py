@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -33,11 +34,23 @@ Todo = tuple[Item, Sequence[str]]
 """A sample, and the methods that it lacks."""
 
 
-def evaluate(settings: Settings) -> Sequence[Row]:
+class Baseline(NamedTuple):
+    """What others are compared with."""
+
+    name: str
+    rows: Mapping[Place, Row]
+    metric: str
+    """How answers to the user's own questions were scored."""
+
+
+def evaluate(settings: Settings, other: Baseline | None = None) -> Sequence[Row]:
     """The rows of all samples and methods, those of earlier runs included.
 
+    Args:
+        other: another evaluation, which has to have the same samples.
+
     Raises:
-        InputError: the settings do not fit the model, the data or the folder.
+        InputError: the settings do not fit the model, the data, the folder or `other`.
         ApbError: a request failed, or the folder cannot be written; finished rows are kept.
     """
     config = settings.config
@@ -45,8 +58,15 @@ def evaluate(settings: Settings) -> Sequence[Row]:
         raise InputError("an evaluation starts its ranks itself: run it without torchrun")
     _check_lengths(settings, config)
     found = items(settings, _vocabulary(config), max_tokens=config.decode.max_tokens)
+    if other is not None:
+        _check_comparable(settings, found, other)
     with closing(Journal(settings.output, settings.identity())) as journal:
-        _run_missing(settings, found, journal)
+        documents = _Documents()
+        for row in () if other is None else other.rows.values():
+            documents.add(row.place, row.digest, f"baseline={settings.baseline}")
+        for row in journal.rows.values():
+            documents.add(row.place, row.digest, f"output={settings.output}")
+        _run_missing(settings, found, journal, documents)
         return [journal.rows[item.place, label] for item in found for label in settings.methods]
 
 
@@ -66,7 +86,39 @@ def _vocabulary(config: RunConfig) -> Vocabulary:
     return Vocabulary(encode, tuple(start_ids(tokenizer)))
 
 
-def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) -> None:
+def _check_comparable(settings: Settings, found: Sequence[Item], other: Baseline) -> None:
+    shared = [item.place for item in found if item.place in other.rows]
+    if not shared:
+        raise InputError(
+            f"baseline={settings.baseline} shares no sample with this evaluation: give another"
+        )
+    own = {path.stem for path in settings.data}
+    if settings.metric != other.metric and any(place.task in own for place in shared):
+        raise InputError(
+            f"baseline={settings.baseline} scored answers by metric={other.metric}, which is "
+            f"{settings.metric} here: give the same"
+        )
+
+
+class _Documents:
+    """The digest of each sample's document, and where it was met first."""
+
+    def __init__(self) -> None:
+        self._met: dict[Place, tuple[str, str]] = {}
+
+    def add(self, place: Place, digest: str, origin: str) -> None:
+        """Raises InputError if it was met with another document."""
+        before, where = self._met.setdefault(place, (digest, origin))
+        if before != digest:
+            raise InputError(
+                f"{where} has another document than {origin} (at {place.task}, {place.length}, "
+                f"{place.sample}): give another folder, or the model, seed and version of that one"
+            )
+
+
+def _run_missing(
+    settings: Settings, found: Sequence[Item], journal: Journal, documents: _Documents
+) -> None:
     missing = [
         (item, todo)
         for item in found
@@ -84,6 +136,8 @@ def _run_missing(settings: Settings, found: Sequence[Item], journal: Journal) ->
     ):
         for group in _groups(missing):
             cases = {item: item.load() for item, _ in group}
+            for item, case in cases.items():
+                documents.add(item.place, case.digest, "this evaluation")
             for label, overrides in settings.methods.items():
                 chosen = [item for item, todo in group if label in todo]
                 if chosen:
@@ -111,14 +165,11 @@ def _groups(missing: Sequence[Todo]) -> Iterator[list[Todo]]:
     yield group
 
 
-Baseline = tuple[str, Mapping[Place, Row]]
-"""A name, and the rows that others are compared with."""
-
-
 def first_method(settings: Settings, rows: Sequence[Row]) -> Baseline:
     """The baseline where no other evaluation is."""
     first = next(iter(settings.methods))
-    return first, {row.place: row for row in rows if row.method == first}
+    own = {row.place: row for row in rows if row.method == first}
+    return Baseline(first, own, settings.metric)
 
 
 def other_evaluation(folder: Path) -> Baseline:
@@ -130,18 +181,4 @@ def other_evaluation(folder: Path) -> Baseline:
     there, rows = read_evaluation(folder)
     first = next(iter(there["methods"]))
     chosen = {row.place: row for row in rows.values() if row.method == first}
-    return f"{folder.name}: {first}", chosen
-
-
-def check_comparable(rows: Sequence[Row], baseline: Baseline) -> None:
-    """Raises InputError unless the rows share samples with the baseline, and those are the same."""
-    name, others = baseline
-    shared = [row for row in rows if row.place in others]
-    if not shared:
-        raise InputError(f"baseline={name} shares no sample with this evaluation: give another")
-    for row in shared:
-        if others[row.place].digest != row.digest:
-            raise InputError(
-                f"baseline={name} has other documents than this evaluation (at {row.task}, "
-                f"{row.length}, {row.sample}): give one with the same model and seed"
-            )
+    return Baseline(f"{folder.name}: {first}", chosen, there["metric"])

@@ -8,8 +8,10 @@ from datetime import timedelta
 
 from apb.evaluate.intervals import Difference, Estimate
 from apb.evaluate.journal import Row
+from apb.evaluate.prose import PASSAGES
 from apb.evaluate.settings import Settings
 from apb.evaluate.summary import Entry, Summary
+from apb.evaluate.tasks import PROSE
 from apb.report import installed_versions
 
 
@@ -31,7 +33,9 @@ def _facts(summary: Summary, settings: Settings, rows: Sequence[Row]) -> Iterato
     yield f"* command: `{settings.command}`"
     timed = [row.seconds for row in rows if row.seconds is not None]
     yield f"* {len(timed)} rows took {timedelta(seconds=round(sum(timed)))}, starts of ranks aside"
-    yield f"* {settings.samples} samples of each task at each length; {versions}"
+    prose = min(settings.samples, len(PASSAGES)) if PROSE in settings.tasks else 0
+    fewer = f" ({prose} of {PROSE})" if 0 < prose < settings.samples else ""
+    yield f"* {settings.samples} samples of each task at each length{fewer}; {versions}"
     # More than one of each where a folder was filled in several goes.
     for what, origins in (
         ("ran in", [row.ran for row in rows]),
@@ -44,9 +48,10 @@ def _facts(summary: Summary, settings: Settings, rows: Sequence[Row]) -> Iterato
     for label, overrides in settings.methods.items():
         yield f"* `{label}`: `{' '.join(overrides)}`"
     yield (
-        "* Brackets hold 95 % intervals: of scores by Wilson, of all else by a percentile "
-        f"bootstrap. Differences are taken sample by sample against `{summary.baseline}`; p is "
-        "that of a two-sided sign test over the samples that differ."
+        "* Brackets hold 95 % intervals: of scores by Wilson and of their differences by Agresti "
+        "and Min, of all else by a percentile bootstrap. Differences are taken sample by sample "
+        f"against `{summary.baseline}`; p is that of a two-sided sign test over the samples that "
+        "differ."
     )
 
 

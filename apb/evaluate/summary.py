@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apb.evaluate.intervals import Difference, Estimate, bootstrap, paired, wilson
+from apb.evaluate.intervals import Difference, Estimate, bootstrap, matched, paired, wilson
 from apb.evaluate.journal import Place, Row
 
 ALL = "all"
@@ -112,5 +112,5 @@ def _entry(
         for place, value in found.items()
         if place in others and (other := read(others[place])) is not None
     ]
-    estimate = wilson(values) if quantity == "score" else bootstrap(values)
-    return estimate, paired(*zip(*both, strict=True)) if both else None
+    own, between = (wilson, matched) if quantity == "score" else (bootstrap, bootstrap)
+    return own(values), paired(*zip(*both, strict=True), interval=between) if both else None

@@ -109,7 +109,30 @@ def test_another_evaluation_can_be_the_baseline(
     text = (other / "samples.jsonl").read_text()
     (other / "samples.jsonl").write_text(text.replace(rows(done)[0]["digest"], "0"))
     assert main(words) == 2
-    assert "has other documents than this evaluation" in capsys.readouterr().err
+    assert f"baseline={other} has another document than output={done}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("origin", ["output", "baseline"])
+def test_another_document_is_noticed_before_it_is_read(
+    done: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    origin: str,
+) -> None:
+    monkeypatch.setattr(LLM, "ask", None)
+    shutil.copytree(done, folder := tmp_path / "folder")
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    place = (first["task"], first["sample"])
+    kept = [line for line in map(json.loads, lines) if (line["task"], line["sample"]) == place]
+    kept = [row for row in kept if row["method"] == "full"]
+    stale = json.dumps({**kept[0], "digest": "0"}) + "\n"
+    (folder / "samples.jsonl").write_text(stale)
+    given = {"output": [f"output={folder}"], "baseline": [f"baseline={folder}"]}
+    words = [*WORDS, f"output={tmp_path / 'new'}", *given[origin]]
+    assert main(words) == 2
+    assert f"{origin}={folder} has another document than this evaluation" in capsys.readouterr().err
 
 
 def test_an_evaluation_does_not_go_on_under_other_settings(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from apb.errors import ApbError, InputError
 from apb.evaluate.__main__ import main
 from apb.evaluate.cases import QuestionCase, Vocabulary, items
-from apb.evaluate.evaluation import _groups
+from apb.evaluate.evaluation import Baseline, _groups, evaluate
 from apb.evaluate.journal import Journal, Row, read_evaluation
 from apb.evaluate.records import read_records
 from apb.evaluate.settings import Settings, parse_settings
@@ -246,7 +245,17 @@ def test_prose_goes_on_where_its_document_ends() -> None:
 
 def test_more_prose_than_there_is_is_refused() -> None:
     words = ("tasks=prose", "lengths=9000000", "samples=1", "allow_beyond_context=true")
-    [item] = items(parsed(*words), VOCABULARY, max_tokens=5)
-    load: Callable[[], object] = item.load
     with pytest.raises(InputError, match="lengths=9000000 is more than the packaged prose has"):
-        load()
+        items(parsed(*words), VOCABULARY, max_tokens=5)
+
+
+def test_a_baseline_with_another_metric_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (path := tmp_path / "own.jsonl").write_text('{"context": "a", "input": "b", "answers": ["c"]}')
+    words = (f"data={path}", f"output={tmp_path / 'out'}", f"baseline={tmp_path / 'old'}")
+    row = replace(ROW, task="own", length=4096)
+    other = Baseline("old: full", {row.place: row}, "f1")
+    with pytest.raises(InputError, match=r"scored answers by metric=f1, which is part here"):
+        evaluate(parsed(*words), other)
+    with pytest.raises(InputError, match=r"baseline=.* shares no sample with this evaluation"):
+        evaluate(parsed(*words), other._replace(rows={ROW.place: ROW}))
+    assert not (tmp_path / "out").exists()
