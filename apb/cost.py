@@ -25,6 +25,8 @@ class ModelShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    num_embeddings: int = 2
+    """Of input and of output, or one for both."""
 
     @property
     def linear_parameters(self) -> int:
@@ -44,9 +46,14 @@ class ModelShape(NamedTuple):
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model, input and output embeddings counted apart."""
-        embeddings = 2 * self.vocab_size * self.hidden_size
-        return self.num_layers * self.linear_parameters + embeddings
+        """Weights of the model; norms and biases are too few to count."""
+        not_read = (self.num_embeddings - 1) * self.vocab_size * self.hidden_size
+        return self.read_parameters + not_read
+
+    @property
+    def read_parameters(self) -> int:
+        """Weights that a pass reads: of the input embedding only the rows of its tokens."""
+        return self.num_layers * self.linear_parameters + self.vocab_size * self.hidden_size
 
     @property
     def kv_elements(self) -> int:
@@ -110,6 +117,8 @@ class Workload(NamedTuple):
     """Exchanges that have to be waited for one after the other."""
     overlaps: bool = True
     """Whether they run while attention does."""
+    element_bytes: float | None = None
+    """Of what arrives; None where it has the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,17 +143,20 @@ class CostModel:
         flops = 4 * self.shape.num_heads * self.shape.head_dim
         return max(1, round(flops / self.rates.attention_flops * _FEMTO))
 
-    @property
-    def token_wire_cost(self) -> int:
+    def token_wire_cost(self, element_bytes: float | None = None) -> int:
         """Femtoseconds to receive one token's keys and values of one layer."""
-        return round(self.shape.kv_elements * self.itemsize / self.rates.link_bytes * _FEMTO)
+        num_bytes = self.shape.kv_elements * (element_bytes or self.itemsize)
+        return round(num_bytes / self.rates.link_bytes * _FEMTO)
+
+    def received_bytes(self, work: Workload) -> float:
+        """Of one layer, as they travel."""
+        return work.received * (work.element_bytes or self.itemsize)
 
     def layer_s(self, work: Workload) -> float:
         """One rank: linear maps and attention, and what attention cannot hide of the wire."""
         attention_s = 4 * self.shape.head_dim * work.head_pairs / self.rates.attention_flops
         wire_s = (
-            work.received * self.itemsize / self.rates.link_bytes
-            + work.messages * self.rates.latency_s
+            self.received_bytes(work) / self.rates.link_bytes + work.messages * self.rates.latency_s
         )
         both_s = max(attention_s, wire_s) if work.overlaps else attention_s + wire_s
         return work.rows * self.row_cost / _FEMTO + both_s
@@ -172,11 +184,13 @@ class CostModel:
         heads = shape.num_heads * shape.head_dim
         row = (2 * shape.hidden_size + 2 * heads + shape.kv_elements) * size + 2 * heads * 4
         chunk = 3 * shape.intermediate_size * size * min(chunk_len, work.rows)
-        received = 2 * work.received * size // max(1, work.messages)
+        arrived = math.ceil(self.received_bytes(work)) + work.received * size
+        received = arrived // max(1, work.messages)
         return self.weight_bytes + self.kv_bytes(cached_tokens) + work.rows * row + chunk + received
 
     def step_s(self, shard_tokens: int, *, world_size: int) -> float:
         """One decoding step over a shard, with one gather per layer among several ranks."""
-        read = self.weight_bytes + self.kv_bytes(shard_tokens)
+        weights = self.shape.read_parameters * self.itemsize
+        read = weights + self.kv_bytes(shard_tokens)
         gathers = self.shape.num_layers if world_size > 1 else 0
         return read / self.rates.memory_bytes + gathers * self.rates.latency_s

@@ -48,7 +48,7 @@ class Estimate:
             RankEstimate(
                 rows=work.rows,
                 cached=tokens,
-                received_bytes=work.received * costs.itemsize * costs.shape.num_layers,
+                received_bytes=round(costs.received_bytes(work) * costs.shape.num_layers),
                 peak_bytes=costs.prefill_bytes(work, cached_tokens=tokens, chunk_len=chunk_len),
                 prefill_s=costs.prefill_s([work]),
             )
@@ -109,7 +109,9 @@ def break_even(
 
     def wins(context_len: int) -> bool:
         at = replace(request, context_len=context_len)
-        seconds = [s for method in exact.values() if (s := _prefill_s(method, at)) is not None]
+        # How many blocks `approximate` is to cut is nothing that exact methods could follow.
+        alone = replace(at, num_blocks=None)
+        seconds = [s for method in exact.values() if (s := _prefill_s(method, alone)) is not None]
         ours = _prefill_s(approximate, at)
         return ours is not None and (not seconds or ours < min(seconds))
 

@@ -132,7 +132,8 @@ def overview_lines(outlook: Outlook, world_size: int) -> list[str]:
     if outlook.memory is None:
         return [*lines, "how many ranks a length needs: add hardware=NAME"]
     lines += [
-        f"fewest ranks of {_gib(outlook.memory)} that hold a document with {outlook.chosen}",
+        f"fewest ranks of {_gib(outlook.memory)} that hold a document with {outlook.chosen}, by "
+        "powers of two",
         "  tokens  ranks       TTFT       TPOT  peak memory",
         *(_fewest_line(outlook, length) for length in LENGTHS),
     ]
@@ -158,17 +159,21 @@ def _ttft(outlook: Outlook, name: str, length: int, world_size: int) -> float | 
 
 
 def _fewest_line(outlook: Outlook, length: int) -> str:
-    world_size = 1
-    while True:
-        estimate = outlook.estimate(outlook.chosen, length, world_size)
+    line, world_size = f"{_tokens(length):>8}", 1
+    while world_size <= _MOST_RANKS:
+        try:
+            estimate = outlook.estimate(outlook.chosen, length, world_size)
+        except InputError as error:  # more ranks than the method can use
+            return f"{line}; {error}"
         shortage = _shortage(outlook, estimate)
-        if not shortage or world_size == _MOST_RANKS:
+        line = (
+            f"{_tokens(length):>8}  {world_size:>5}  {_seconds(estimate.ttft_s):>9}  "
+            f"{1e3 * estimate.tpot_s:>6.1f} ms  {_gib(estimate.peak_bytes):>11}{shortage}"
+        )
+        if not shortage:
             break
         world_size *= 2
-    return (
-        f"{_tokens(length):>8}  {world_size:>5}  {_seconds(estimate.ttft_s):>9}  "
-        f"{1e3 * estimate.tpot_s:>6.1f} ms  {_gib(estimate.peak_bytes):>11}{shortage}"
-    )
+    return line
 
 
 def plot_outlook(outlook: Outlook, world_size: int, path: Path) -> Path:

@@ -18,4 +18,5 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
+        num_embeddings=1 if config.tie_word_embeddings else 2,
     )

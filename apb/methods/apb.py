@@ -62,7 +62,7 @@ class ApbMethod(BlockMethod):
             notes=notes,
         )
         if self._settings.layout is LayoutPolicy.balanced and not plan.passes_everything:
-            return balanced(plan, request.costs)
+            return balanced(plan, request.costs, self._settings.wire)
         return plan
 
     def _anchor(self, layout: SequenceLayout, prefix_len: int, query_len: int) -> Anchor:

@@ -90,6 +90,7 @@ class BlockMethod(AttentionMethod):
             rows=plan.num_rows(rank),
             head_pairs=shape.num_heads * pairs,
             received=received * shape.kv_elements,
+            element_bytes=self._settings.wire.element_bytes(shape.head_dim),
             messages=int(received > 0),
         )
 

@@ -24,7 +24,7 @@ class StarMethod(BlockMethod):
         anchor = Anchor(context_len=len(layout.blocks[0])) if count > 1 else Anchor()
         plan = PrefillPlan(layout, anchor, self._settings.anchor, (0,) * count, notes=notes)
         if self._settings.layout is LayoutPolicy.balanced and count > 1:
-            return balanced(plan, request.costs)
+            return balanced(plan, request.costs, self._settings.wire)
         return plan
 
 

@@ -21,6 +21,12 @@ class WireFormat(Enum):
     bfloat16 = "bfloat16"
     int8 = "int8"
 
+    def element_bytes(self, head_dim: int) -> float | None:
+        """What an element takes on the way, for the cost model; None is what the model's takes."""
+        if self is WireFormat.auto:
+            return None
+        return 2.0 if self is WireFormat.bfloat16 else 1 + _SCALE_BYTES / head_dim
+
 
 @dataclass(frozen=True, slots=True)
 class Wire:

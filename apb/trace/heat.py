@@ -116,7 +116,7 @@ def _mean_bars(
     names: Sequence[str], means: Sequence[float], *, x: float, height: float
 ) -> list[str]:
     parts = [svg.text(x, _TOP - 6, "mean", "tick")]
-    scale = (_MEAN_WIDTH - 44) / max(means)
+    scale = (_MEAN_WIDTH - 44) / (max(means) or 1.0)
     for row, (name, mean) in enumerate(zip(names, means, strict=True)):
         y, hint = _TOP + row * height, f"{name}: {mean:.1%} of the answer's attention"
         parts.append(svg.rect(x, y, max(0.5, scale * mean), max(0.5, height - 1), "heat", hint))

@@ -164,7 +164,7 @@ def _decode(trace: RunTrace, slices: Sequence[Sequence[Slice]], metrics: dict[st
 
 def _attention(trace: RunTrace, result: dict[str, Any]) -> str:
     found = attended_blocks(trace)
-    if found is None or not found.peaks:
+    if found is None or not found.peaks or found.blocks[-1] < 0:
         return ""
     count = min(len(found.peaks), len(result["token_ids"]))
     means = [fmean(column) for column in zip(*found.means[:count], strict=True)]

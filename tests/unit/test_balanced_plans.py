@@ -17,6 +17,7 @@ from apb.methods.balanced import balanced, slowest
 from apb.methods.blocks import BlockConfig, BlockMethod
 from apb.methods.plan import AnchorForm, PlanRequest, PrefillPlan
 from apb.methods.star import StarConfig
+from apb.methods.wire import WireFormat
 from apb.prompts.base import PromptTokens
 from plans import SHAPE, make_plan
 
@@ -82,6 +83,14 @@ def test_slowest_rank_is_predicted_no_slower_than_with_even_blocks(pair: Pair) -
 
 
 @settings(deadline=None)
+@given(pair=pairs(), format=st.sampled_from([*WireFormat]))
+def test_no_format_of_the_wire_makes_balanced_blocks_slower(pair: Pair, format: WireFormat) -> None:
+    slow = replace(COSTS, rates=replace(COSTS.rates, link_bytes=1e6))
+    plan = balanced(pair.even, slow, format)
+    assert slowest(plan, slow, format) <= slowest(pair.even, slow, format)
+
+
+@settings(deadline=None)
 @given(pair=pairs())
 def test_prediction_is_that_of_the_workload(pair: Pair) -> None:
     for plan in (pair.even, pair.balanced):
@@ -90,7 +99,7 @@ def test_prediction_is_that_of_the_workload(pair: Pair) -> None:
             work.rows * COSTS.row_cost
             + max(
                 work.head_pairs // SHAPE.num_heads * COSTS.pair_cost,
-                work.received // SHAPE.kv_elements * COSTS.token_wire_cost,
+                work.received // SHAPE.kv_elements * COSTS.token_wire_cost(),
             )
             for work in works
         )
@@ -165,7 +174,7 @@ def test_blocks_that_pass_on_everything_stay_even() -> None:
 def test_plans_are_balanced_once() -> None:
     request = long_prompt(50)
     _, _, plan = plan_both(apb_config(AnchorForm.shared), request)
-    assert balanced(plan, request.costs) == plan
+    assert balanced(plan, request.costs, WireFormat.auto) == plan
 
 
 def test_balance_depends_on_the_rates() -> None:

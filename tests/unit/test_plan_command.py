@@ -78,6 +78,24 @@ def test_the_break_even_length_parts_apb_from_the_exact_methods() -> None:
         assert seconds["apb"] <= exact + 0.01 if wins else seconds["apb"] >= exact - 0.01
 
 
+def test_the_break_even_length_is_that_of_the_table_whatever_the_number_of_blocks() -> None:
+    base = ("model=llama3-8b", "world_size=8", "method.layout=even", "num_blocks=16")
+    (line,) = (x for x in document(*base, context_len=9999, hardware="h100") if "break-even" in x)
+    length = int(line.split(" tokens on")[0].rpartition(" ")[2])
+    seconds = methods(document(*base, context_len=length * 3 // 4, hardware="h100"))
+    exact = min(seconds[name] for name in ("full", "ring", "zigzag", "ulysses"))
+    assert seconds["apb"] >= exact - 0.01
+
+
+def test_the_overview_says_why_more_ranks_are_of_no_use() -> None:
+    options = Options.of({"hardware": "h100"})
+    lines = plan_lines(["model=llama3-8b", "world_size=8", "method=ulysses"], options)
+    line = next(line for line in lines if "does not fit" in line)
+    assert "32 query heads, which 64 ranks exceed" in line
+    lines = plan_lines(["model=llama3-8b", "world_size=8", "num_blocks=8"], options)
+    assert any(re.match(r" +128K +\d+ ", line) for line in lines)
+
+
 def test_the_overview_reaches_ten_million_tokens_and_is_plotted(tmp_path: Path) -> None:
     plot = tmp_path / "plan.svg"
     options = Options.of({"hardware": "h200", "plot": str(plot)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -336,6 +337,20 @@ def test_pages_of_few_and_many_ranks_are_drawn(
 ) -> None:
     page = large_run(ranks, layers, tokens).write(tmp_path / "x.json")[2].read_text()
     assert page.count("<svg") >= 6
+
+
+@pytest.mark.parametrize(("blocks", "share"), [([-1], 0.4), ([-1, 0], 0.0)])
+def test_a_page_is_drawn_of_a_document_without_blocks_or_without_attention(
+    tmp_path: Path, blocks: list[int], share: float
+) -> None:
+    output = large_run(1, 1, 2)
+    assert output.trace is not None
+    shares = [[share] * len(blocks)] * 2
+    attended = [AttendedLayer(5, blocks, shares, shares)]
+    ranks = [rank._replace(attended=attended) for rank in output.trace.ranks]
+    output = replace(output, trace=replace(output.trace, ranks=ranks))
+    page = output.write(tmp_path / "x.json")[2].read_text()
+    assert ("What the answer attended to" in page) == (max(blocks) >= 0)
 
 
 def test_an_output_survives_the_way_to_its_driver() -> None:

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from apb.cost import NOMINAL_CPU, CostModel, Workload
 from apb.methods.wire import Wire, WireFormat
+from plans import SHAPE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,3 +123,14 @@ def test_numbers_that_are_not_finite_do_not_become_finite(
     others = torch.ones(3, 2, 3, dtype=torch.bool)
     others[1, 1, 2] = False
     assert decoded_N2KD[others].isfinite().all()
+
+
+@formats
+@dtypes
+def test_the_cost_model_counts_the_bytes_of_messages(
+    format: WireFormat, dtype: torch.dtype
+) -> None:
+    costs = CostModel(shape=SHAPE, rates=NOMINAL_CPU, itemsize=dtype.itemsize)
+    heads, head_dim = SHAPE.num_kv_heads, SHAPE.head_dim
+    work = Workload(9, 9, 11 * SHAPE.kv_elements, element_bytes=format.element_bytes(head_dim))
+    assert costs.received_bytes(work) == wire(format, dtype, heads, head_dim).empty(11).nbytes
