@@ -52,7 +52,7 @@ def render(
         own = [run for run in runs if run.context_len == context_len]
         lines += [
             "",
-            f"## {context_len} tokens: the slowest rank, seconds",
+            f"## {context_len} tokens: the slowest of the ranks that were run, seconds",
             "",
             *_slowest(own),
             "",

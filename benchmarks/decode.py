@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> Path:
             found.append(one)
         _check_same(lab, task, [one for one in found if one.variant not in _HF])
         for one in found:
-            print(f"{task.name:>28} {one.variant:>10} {one.tokens / one.seconds:6.1f} tokens/s"
+            print(f"{task.name:>28} {one.variant:>10} {one.rate:6.1f} tokens/s"
                   f"  {one.steps or 0:4} steps", file=sys.stderr)  # fmt: skip
         runs += found
     compared = [name for name in (_PLAIN, _DEFAULT) if name in args.drafters]

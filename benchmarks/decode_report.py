@@ -54,7 +54,10 @@ def _trimming(runs: Sequence[Run], categories: Sequence[str]) -> list[str]:
         ]
         if not pairs:
             return []
-        ratio = Estimate.of([_rate(trimmed) / _rate(whole) for trimmed, whole in pairs])
+        ratios = [trimmed.rate / whole.rate for trimmed, whole in pairs if whole.rate]
+        if not ratios:
+            return []
+        ratio = Estimate.of(ratios)
         trimmed, whole = (_acceptance(own) for own in zip(*pairs, strict=True))
         rows.append([category, ratio.text(2), f"{trimmed / whole:.0%}"])
     header = [
@@ -75,9 +78,9 @@ def _table(runs: Sequence[Run], plain: str) -> list[str]:
     for variant in dict.fromkeys(sorted(run.variant for run in runs)):
         own = [run for run in runs if run.variant == variant]
         seconds, tokens = sum(run.seconds for run in own), sum(run.tokens for run in own)
-        ratios = [_rate(run) / _rate(base[run.task]) for run in own if _rate(base[run.task]) > 0]
-        speed_up = Estimate.of(ratios)
-        row = [f"`{variant}`", f"{tokens / seconds:.1f}", speed_up.text(2)]
+        ratios = [run.rate / base[run.task].rate for run in own if base[run.task].rate]
+        speed_up = Estimate.of(ratios).text(2) if ratios else ""
+        row = [f"`{variant}`", f"{tokens / seconds:.1f}" if seconds else "", speed_up]
         rows.append([*row, *_per_step(own)])
     header = ["drafter", "tokens/s", "speed-up", "acceptance", "nodes", "draft ms", "verify ms"]
     return table(header, rows)
@@ -93,13 +96,9 @@ def chart(runs: Sequence[Run], model: str, *, plain: str) -> Chart:
     for category, bars in groups.items():
         for variant in bars:
             own = [run for run in runs if (run.category, run.variant) == (category, variant)]
-            ratios = [_rate(run) / _rate(base[run.task]) for run in own if _rate(base[run.task])]
+            ratios = [run.rate / base[run.task].rate for run in own if base[run.task].rate]
             bars[variant] = Estimate.of(ratios).interval() if ratios else 0.0
     return Bars(title=f"Decoding of {model}", y_label="tokens/s over plain decoding", groups=groups)
-
-
-def _rate(run: Run) -> float:
-    return run.tokens / run.seconds
 
 
 def _per_step(runs: Sequence[Run]) -> list[str]:

@@ -51,6 +51,11 @@ class Run:
     def tokens(self) -> int:
         return len(self.token_ids) - self.with_first
 
+    @property
+    def rate(self) -> float:
+        """Tokens per second; 0 where the answer ended with its first tokens."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
 
 class ApbLab:
     """One model; each task is read once and answered with every drafter.

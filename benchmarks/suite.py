@@ -221,10 +221,15 @@ def run(args: argparse.Namespace) -> Path:
     args.out.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if args.gpu else "cpu"
     logs = ROOT / "outputs" / "benchmarks"
+    journal = Journal(logs / f"{kind}_{hardware_slug()}.jsonl")
+    # Reports that went to another folder, or are gone, are made again.
+    journal.outcomes = [
+        one for one in journal.outcomes if not one.report or (args.out / one.report).is_file()
+    ]
     suite = Suite(
         GPU_JOBS if args.gpu else CPU_JOBS,
         Launcher(args.out.absolute(), logs, source),
-        Journal(logs / f"{kind}_{hardware_slug()}.jsonl"),
+        journal,
         budget_s=args.budget,
         source=source,
     )

@@ -13,6 +13,7 @@ from apb.errors import InputError
 from apb.evaluate.draft import Sample, Score
 from apb.evaluate.fit import Encode, encode_pieces
 from apb.evaluate.journal import Place, Row
+from apb.evaluate.match import match_option
 from apb.evaluate.prose import PASSAGES
 from apb.evaluate.records import Record, read_records
 from apb.evaluate.settings import METRICS, Settings
@@ -130,7 +131,7 @@ def items(settings: Settings, vocabulary: Vocabulary, *, max_tokens: int) -> lis
         for name, records in files.items():
             if index < len(records):
                 place = Place(name, settings.lengths[-1], index)
-                score = METRICS[settings.metric]
+                score = _score_of(records[index], settings)
                 make = partial(_given, records[index], place, vocabulary.encode, score, max_tokens)
                 found.append(Item(place, make))
     return found
@@ -140,6 +141,12 @@ def _question(place: Place, seed: int, encode: Encode) -> QuestionCase:
     task = TASKS[place.task]
     sample = task.sample(place.task, place.length, seed=seed, index=place.sample, encode=encode)
     return QuestionCase(sample, task.score, task.max_tokens)
+
+
+def _score_of(record: Record, settings: Settings) -> Score:
+    if record.options:
+        return partial(match_option, options=record.options)
+    return METRICS[settings.metric]
 
 
 def _given(

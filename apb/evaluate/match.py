@@ -6,6 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+LETTERS = "ABCDEFGHIJ"
+"""Of the options of a question, in their order."""
+
 
 def match_all(text: str, answers: Sequence[str]) -> float:
     """The share of `answers` that occur in `text`, in any case of letters (RULER, section 3)."""
@@ -15,6 +18,20 @@ def match_all(text: str, answers: Sequence[str]) -> float:
 def match_part(text: str, answers: Sequence[str]) -> float:
     """1 if any of `answers` occurs in `text`, in any case of letters, else 0 (RULER, section 3)."""
     return float(any(_occurs(answer, text) for answer in answers))
+
+
+def match_option(text: str, answers: Sequence[str], *, options: Sequence[str]) -> float:
+    """1 if `text` begins with the letter of a right one of `options`, or holds its words, else 0.
+
+    `answers` may be letters or options.
+    """
+    lettered = dict(zip(LETTERS, options, strict=False))
+    right = [lettered.get(answer.strip().upper(), answer) for answer in answers]
+    # "A." and "(A)", but not the article of "A house".
+    first = re.match(rf"\W*([{LETTERS}])(?:[^\w\s]|\s*$)", text)
+    if first and first[1] in lettered:
+        return float(lettered[first[1]] in right)
+    return match_part(text, right)
 
 
 def word_f1(text: str, answers: Sequence[str]) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import InputError
+from apb.evaluate.match import LETTERS
 
 _DOCUMENT = ("context", "document")
 _QUESTION = ("input", "question", "query")
@@ -20,6 +20,8 @@ class Record(NamedTuple):
     document: str
     question: str
     answers: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    """To choose from, where there are any; they are part of the question."""
 
 
 def read_records(path: Path, limit: int) -> list[Record]:
@@ -59,7 +61,9 @@ def _record(line: str, where: str) -> Record:
     given = tuple(str(answer) for answer in (answers if isinstance(answers, list) else [answers]))
     if not all(answer.strip() for answer in given) or not given:
         raise InputError(f"{where} has no right answer: give one, or take the line out")
-    return Record(document, "\n".join([question, *_options(fields)]), given)
+    options = tuple(str(option) for option in fields.get("options") or ())
+    lettered = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return Record(document, "\n".join([question, *lettered]), given, options)
 
 
 def _field(fields: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
@@ -73,8 +77,3 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where} has {value!r} where text belongs: repair it or take it out")
     return value
-
-
-def _options(fields: dict[str, Any]) -> Iterator[str]:
-    options = fields.get("options") or []
-    return (f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from apb.errors import ApbError
 from apb.evaluate.intervals import bootstrap, matched, paired, sign_test, wilson
 from apb.evaluate.journal import Place, Row
-from apb.evaluate.match import match_all, match_part, word_f1
+from apb.evaluate.match import match_all, match_option, match_part, word_f1
 from apb.evaluate.plot import plot_scores
 from apb.evaluate.summary import summarise
 
@@ -79,6 +79,26 @@ def test_bootstrap_is_the_distribution_of_means_of_all_resamples() -> None:
     assert found.low == pytest.approx(low, abs=0.03)
     assert found.high == pytest.approx(high, abs=0.03)
     assert bootstrap(values) == found
+
+
+@pytest.mark.parametrize("answers", [["B"], ["b"], ["the grey cat"]])
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("B", 1),
+        (" (B) the grey cat", 1),
+        ("B. It was seen.", 1),
+        ("It was the grey cat.", 1),
+        ("A good question: the grey cat", 1),
+        ("A", 0),
+        ("A. not the grey cat", 0),
+        ("Because of the dog", 0),
+        ("F", 0),
+        ("", 0),
+    ],
+)
+def test_a_choice_is_its_letter_or_its_words(text: str, score: int, answers: list[str]) -> None:
+    assert match_option(text, answers, options=["a dog", "the grey cat", "none"]) == score
 
 
 def test_a_bootstrap_in_parts_is_the_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
