@@ -168,8 +168,7 @@ def new_head(target: HfTarget, settings: Mapping[str, Any]) -> Eagle2Head:
     head = Eagle2Head(shape, target.rotary).to(target.device)
     with torch.no_grad():
         # It begins as the state that it is given, from which the next one is not far.
-        itself_MM = torch.eye(shape.hidden_size, device=target.device)
-        head.fc.weight[:, shape.hidden_size :] += itself_MM
+        head.fc.weight[:, shape.hidden_size :].diagonal().add_(1.0)
     return head
 
 

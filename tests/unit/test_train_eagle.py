@@ -140,7 +140,21 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path, other: dict[st
 def test_what_is_trained_is_on_the_targets_device() -> None:
     """Shown on a device without memory, where nothing from the CPU may be mixed in either."""
     meta = torch.device("meta")
-    target: Any = SimpleNamespace(device=meta, rotary=Rotary(torch.empty(2, device=meta), 1.0))
+    weight_VM = torch.empty(50, 16, device=meta)
+    teacher = Teacher.of(weight_VM, weight_VM, torch.arange(20))
+    assert {x.device for x in (*begun_head(meta).parameters(), *teacher)} == {meta}
+
+
+def test_a_head_begins_near_the_state_that_it_is_given() -> None:
+    torch.manual_seed(0)
+    drawn_MX = Eagle2Head(SHAPE, Rotary(torch.empty(2), 1.0)).fc.weight
+    torch.manual_seed(0)
+    added_MX = begun_head(torch.device("cpu")).fc.weight - drawn_MX
+    torch.testing.assert_close(added_MX, torch.cat((torch.zeros(16, 16), torch.eye(16)), dim=1))
+
+
+def begun_head(device: torch.device) -> Eagle2Head:
+    target: Any = SimpleNamespace(device=device, rotary=Rotary(torch.empty(2, device=device), 1.0))
     settings = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -149,9 +163,7 @@ def test_what_is_trained_is_on_the_targets_device() -> None:
         "head_dim": 4,
         "rms_norm_eps": 1e-6,
     }
-    weight_VM = torch.empty(50, 16, device=meta)
-    head, teacher = new_head(target, settings), Teacher.of(weight_VM, weight_VM, torch.arange(20))
-    assert {x.device for x in (*head.parameters(), *teacher)} == {meta}
+    return new_head(target, settings)
 
 
 def test_features_that_were_half_written_are_written_again(tmp_path: Path) -> None:
