@@ -180,7 +180,7 @@ class Drafter(ABC):
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         """Tokens that were emitted, and the step they come from.
 
-        There is none for the first token and for tokens that came while the drafter prepared.
+        There is none for the first token.
         """
 
 
