@@ -114,7 +114,7 @@ class Engine:
             auditor=auditor,
             trace=self._trace,
         )
-        attend = self._observed(self._interruptible((method or self._method).begin(context)))
+        attend = self._interruptible(self._observed((method or self._method).begin(context)))
         try:
             positions_T = self._positions(rows.positions)
             self.model.forward(rows.token_ids, positions_T, attend, self._trace)
