@@ -18,7 +18,7 @@ from apb.errors import RequestError
 from apb.methods.attended import BlockObserver
 from apb.methods.audit import Auditor
 from apb.methods.base import Attend, AttentionMethod, PrefillContext
-from apb.methods.decode import OWNER, ShardedDecode
+from apb.methods.decode import FEW_ROWS, OWNER, ShardedDecode
 from apb.methods.handoff import HandOff
 from apb.methods.placement import Placement
 from apb.methods.plan import PrefillPlan, RankRows
@@ -52,12 +52,17 @@ class Engine:
         backend: AttentionBackend,
         comm: Communicator,
         on_layer: Callable[[int], None] = lambda layer_idx: None,
+        interrupt: Callable[[bool], None] = lambda is_last: None,
         trace: Trace = OFF,
     ) -> None:
-        """`on_layer` follows each layer's attention; it may raise RequestError, on all ranks."""
+        """`on_layer` follows each layer's attention of a prefill.
+
+        So does `interrupt`, which may raise RequestError on all ranks and is told whether the layer
+        is the last. It follows those of `extend` too, where all ranks read more than a few rows.
+        """
         self.model, self.comm = model, comm
         self._method, self._backend = method, backend
-        self._on_layer = on_layer
+        self._on_layer, self._interrupt = on_layer, interrupt
         self._trace = trace
         self._observer: BlockObserver | None = None
         self._alone = Communicator(OWNER, 1, comm.device)
@@ -109,7 +114,7 @@ class Engine:
             auditor=auditor,
             trace=self._trace,
         )
-        attend = self._observed((method or self._method).begin(context))
+        attend = self._interruptible(self._observed((method or self._method).begin(context)))
         try:
             positions_T = self._positions(rows.positions)
             self.model.forward(rows.token_ids, positions_T, attend, self._trace)
@@ -164,7 +169,14 @@ class Engine:
         assert self._decode is not None
         positions_T = torch.arange(start, self.next_position, device=self.model.device)
         self._decode.begin(step)
-        hidden_TM = self.model.forward(token_ids, positions_T, self._decode.attend)
+        attend: Attend = self._decode.attend
+        if len(token_ids) > FEW_ROWS and self.decodes_together:
+            attend = self._interruptible(attend)
+        try:
+            hidden_TM = self.model.forward(token_ids, positions_T, attend)
+        except RequestError:
+            self.decode_comm.verify()
+            raise
         self.decode_comm.verify()
         if self._observer is not None:
             self._observer.keep([len(token_ids) - 1])
@@ -240,6 +252,16 @@ class Engine:
     def decode_comm(self) -> Communicator:
         """Whom this rank decodes with: everyone, or nobody."""
         return self.comm if self.decodes_together else self._alone
+
+    def _interruptible(self, attend: Attend) -> Attend:
+        last = self.model.cache_shape.num_layers - 1
+
+        def interruptible(layer: LayerInputs) -> Tensor:
+            out_THD = attend(layer)
+            self._interrupt(layer.layer_idx == last)
+            return out_THD
+
+        return interruptible
 
     def _observed(self, attend: Attend) -> Attend:
         def observed(layer: LayerInputs) -> Tensor:

@@ -43,21 +43,20 @@ class Interrupt:
                 self._word = _OVERDUE
         return self._word != 0
 
-    def between_layers(self) -> None:
-        """Raises RequestError on all ranks after the same layer."""
-        self.is_due()
-        earlier = self._under_way
-        self._under_way = self._comm.agree(self._word, src=OWNER)
-        if earlier is not None and earlier.wait():
-            self.settle()
+    def after_layer(self, is_last: bool) -> None:
+        """Raises RequestError on all ranks after the same layer.
 
-    def settle(self) -> None:
-        """The last word, once no layer follows; raises RequestError on all ranks."""
-        if self._under_way is None:
+        Once no layer follows, the last word is waited for.
+        """
+        self.is_due()
+        earlier, latest = self._under_way, self._comm.agree(self._word, src=OWNER)
+        self._under_way = latest
+        if (earlier is None or not earlier.wait()) and not is_last:
             return
-        word, self._under_way = self._under_way.wait(), None
+        self._under_way = None
+        word = latest.wait()
         if word == _CANCELLED:
-            raise RequestError("the request was cancelled while its document was read")
+            raise RequestError("the request was cancelled while its prompt was read")
         if word == _OVERDUE:
             raise self._overdue()
 

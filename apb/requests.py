@@ -11,7 +11,13 @@ from apb.errors import InputError
 from apb.hf.tokenizer import load_tokenizer
 from apb.prompts.answer import AnswerText
 from apb.prompts.base import PromptTokens
-from apb.prompts.encode import checked_ids, control_tokens, encode_plain, start_ids
+from apb.prompts.encode import (
+    checked_ids,
+    control_tokens,
+    encode_plain,
+    split_start,
+    start_ids,
+)
 from apb.prompts.needle import make_needle
 from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
@@ -95,7 +101,8 @@ class RequestReader:
         self._check_length(length, len(targets) - 1, "continuation")
         # The last document token is the first row that predicts; the context precedes it.
         reread = 1 if len(document_ids) == 1 else 0
-        prompt = PromptTokens((), tuple(document_ids[:-1] or document_ids), tuple(steer))
+        prefix, shown = split_start(self.tokenizer, document_ids[:-1] or document_ids)
+        prompt = PromptTokens(tuple(prefix), tuple(shown), tuple(steer))
         return Continuation(prompt, [document_ids[-1], *targets[:-1]], targets, reread)
 
     def needle(self, *, context_len: int, **arguments: Any) -> dict[str, str]:

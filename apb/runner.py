@@ -152,6 +152,7 @@ class RequestRunner:
             backend=self._backend,
             comm=self._comm,
             on_layer=self._after_layer,
+            interrupt=lambda is_last: self._interrupt.after_layer(is_last),
             trace=self._trace,
         )
         if self.is_owner and self._speculator is None:
@@ -163,7 +164,6 @@ class RequestRunner:
     def _after_layer(self, layer_idx: int) -> None:
         self._progress.advance()
         self._pulse.reach(layer_idx + 1)
-        self._interrupt.between_layers()
 
     def _prepare(self, arguments: object, read: Callable[[], R]) -> tuple[R, Ready]:
         """Check and plan a request on all ranks, and load the model where that is still to do."""
@@ -224,9 +224,7 @@ class RequestRunner:
         self, request: Question | Continuation, ready: Ready, auditor: Auditor | None = None
     ) -> Ready:
         self._pulse.enter(Stage.PREFILL, expected_s=self._planner.layer_s(ready.plan, ready.method))
-        ready = ready.prefilled(request.prompt, room=request.room, auditor=auditor)
-        self._interrupt.settle()
-        return ready
+        return ready.prefilled(request.prompt, room=request.room, auditor=auditor)
 
     def _answer(
         self, request: Question, ready: Ready, meter: RequestMeter

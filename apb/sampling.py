@@ -152,7 +152,7 @@ def filtered_probs(logits_V: Tensor, params: SamplingParams) -> Tensor:
     equally likely tokens those of lower ids come first. Only as much of the vocabulary is sorted as
     can be kept: all of it, for each node of a tree, took longer than the rest of a verification.
     """
-    probs_V = (logits_V / params.temperature).softmax(dim=-1)
+    probs_V = tempered(logits_V, params.temperature).softmax(dim=-1)
     if params.top_k:
         ids_C = _likeliest(probs_V, min(params.top_k, len(probs_V)))
         kept_C = probs_V[ids_C] / probs_V[ids_C].sum()
@@ -162,9 +162,25 @@ def filtered_probs(logits_V: Tensor, params: SamplingParams) -> Tensor:
     else:
         return probs_V
     if params.top_p < 1.0:
-        before_C = kept_C.cumsum(dim=-1) - kept_C
-        kept_C = kept_C.masked_fill(before_C >= params.top_p, 0.0)
+        kept_C = nucleus(kept_C, params.top_p)
     return torch.zeros_like(probs_V).index_copy_(0, ids_C, kept_C / kept_C.sum())
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in fp32 over a temperature, with the largest of each row moved to 0.
+
+    No temperature is too small or too large for that: the largest logit stays finite.
+    """
+    fp32 = torch.finfo(torch.float32)
+    below = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    return below / min(max(temperature, fp32.tiny), fp32.max)
+
+
+def nucleus(probs_NC: Tensor, top_p: float) -> Tensor:
+    """Probabilities in descending order without those after a mass of `top_p`; the first stays."""
+    kept_NC = probs_NC.cumsum(dim=-1) - probs_NC < top_p
+    kept_NC[..., 0] = True  # top_p may be less than the smallest number of fp32
+    return probs_NC * kept_NC
 
 
 def _with_mass(probs_V: Tensor, mass: float) -> Tensor:

@@ -50,7 +50,7 @@ class LeanDecoder:
         cos_T1D, sin_T1D = cos_1TD[0, :, None], sin_1TD[0, :, None]
         taps = list(taps)
         for tap in taps:
-            tap.begin()
+            tap.begin(positions_T)
         for layer in self._layers:
             for tap in taps:
                 tap.entering(layer.index, x_TM)

@@ -17,6 +17,7 @@ class PassTap:
     def __init__(self, needs: Needs) -> None:
         self._needs = needs
         self._first, self._last = needs.first, max(needs.last, MAX_NODES)
+        self._positions_T = torch.empty(0, dtype=torch.int64)
         self._rows: Sequence[int] = ()
         self._states: list[Tensor] = []
 
@@ -24,9 +25,9 @@ class PassTap:
         states, self._states = self._states, []
         return Tapped(self._rows, torch.cat(states, dim=-1))
 
-    def begin(self) -> None:
-        """A new pass."""
-        self._states = []
+    def begin(self, positions_T: Tensor) -> None:
+        """A new pass, over tokens at those positions of the text."""
+        self._positions_T, self._states = positions_T, []
 
     def entering(self, layer_idx: int, states_TM: Tensor) -> None:
         """States before a layer."""
@@ -44,17 +45,24 @@ class PassTap:
             self._rows = range(num_rows)
             self._states.append(states_TM)
             return
-        self._rows = [*range(self._first), *range(num_rows - self._last, num_rows)]
+        if not self._states:
+            self._rows = self._kept(num_rows)
         # A copy, so that the states of a long prompt do not stay.
         self._states.append(states_TM[self._rows])
+
+    def _kept(self, num_rows: int) -> list[int]:
+        """The beginning by position: a copy of the anchor may stand before the first block."""
+        last = num_rows - self._last
+        first = (self._positions_T[:last] < self._first).nonzero().flatten()
+        return [*first.tolist(), *range(last, num_rows)]
 
 
 def watch(base_model: Any, taps: Iterable[PassTap]) -> None:
     """Let the modules of a Hugging Face decoder tell of their states; `taps` may change later."""
 
-    def begin(module: nn.Module, args: Any) -> None:
+    def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         for tap in taps:
-            tap.begin()
+            tap.begin(kwargs["position_ids"][0])
 
     def entering(module: Any, args: tuple[Tensor, ...]) -> None:
         for tap in taps:
@@ -64,7 +72,7 @@ def watch(base_model: Any, taps: Iterable[PassTap]) -> None:
         for tap in taps:
             tap.final(output[0])
 
-    base_model.register_forward_pre_hook(begin)
+    base_model.register_forward_pre_hook(begin, with_kwargs=True)
     for layer in base_model.layers:
         layer.register_forward_pre_hook(entering)
     base_model.norm.register_forward_hook(final)

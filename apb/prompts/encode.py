@@ -34,6 +34,17 @@ def start_ids(tokenizer: Tokenizer) -> list[int]:
     return next((whole[:at] for at in starts if whole[at : at + len(bare)] == bare), [])
 
 
+def split_start(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
+    """Return the `start_ids` that a text without a template begins with, and the rest.
+
+    APB's anchor shows the query behind them, so that the attention sink stays at position 0. The
+    rest is never empty: what is nothing but a start is all of the text.
+    """
+    start = start_ids(tokenizer)
+    begins = len(ids) > len(start) and ids[: len(start)] == start
+    return (start, ids[len(start) :]) if begins else ([], ids)
+
+
 def encode_markup(tokenizer: Tokenizer, text: str, *, at_start: bool = False) -> list[int]:
     """Encode text that we or the model's author wrote; control tokens in it keep their meaning."""
     encode = _encode if at_start else _encode_inside

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from apb.errors import InputError
 from apb.prompts.base import PromptTokens, Tokenizer
-from apb.prompts.encode import checked_ids, control_tokens, encode_markup, encode_plain, start_ids
+from apb.prompts.encode import (
+    checked_ids,
+    control_tokens,
+    encode_markup,
+    encode_plain,
+    split_start,
+    start_ids,
+)
 
 USER_TEMPLATE = "{document}\n\n{question}"
 
@@ -49,14 +56,14 @@ def build_prompt(
     if use_chat:
         frame = _chat_frame(tokenizer, frame)
         prefix = encode_markup(tokenizer, frame.before, at_start=True)
-    elif template == "raw":
-        prefix = []
-    else:
+    elif template != "raw":
         prefix = start_ids(tokenizer) + encode_markup(tokenizer, frame.before)
         frame = frame._replace(after=frame.after + "\n")
     template_text = "".join(frame) + (str(tokenizer.chat_template) if use_chat else "")
     controls = control_tokens(tokenizer, template_text)
     document_ids = _part_ids(tokenizer, document, controls=controls, name="document")
+    if template == "raw":
+        prefix, document_ids = split_start(tokenizer, document_ids)
     question_ids = _part_ids(tokenizer, question, controls=controls, name="question")
     between = encode_markup(tokenizer, frame.between)
     after = encode_markup(tokenizer, frame.after)

@@ -51,7 +51,7 @@ class Needs(NamedTuple):
     entering: tuple[int, ...] = ()
     """Layers, counted from 0; their states before any norm."""
     first: int = 0
-    """Rows kept of the beginning of a prompt."""
+    """Positions kept of the beginning of a prompt, copies of them included."""
     last: int = 0
     """Rows kept of its end."""
 
@@ -72,7 +72,9 @@ class StateTap(Protocol):
     """Keeps states of the target's forward passes."""
 
     def take(self) -> Tapped:
-        """Of the last pass: all rows of a small one, else its first and last; they are let go."""
+        """Of the last pass: all rows of a small one, else those at the first positions and the last
+        rows; they are let go.
+        """
 
 
 class DraftModel(Protocol):
@@ -178,7 +180,7 @@ class Drafter(ABC):
     def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None:
         """Tokens that were emitted, and the step they come from.
 
-        There is none for the first token and for tokens that came while the drafter prepared.
+        There is none for the first token.
         """
 
 

@@ -60,7 +60,11 @@ class Chances:
         return tree.sources[node], claim.kind, height
 
 
+def by_chance(chances: Sequence[float]) -> list[int]:
+    """Nodes with the best chances first, parents before children."""
+    return sorted(range(len(chances)), key=lambda node: (-chances[node], node))
+
+
 def best_part(tree: DraftTree, chances: Sequence[float], size: int) -> DraftTree:
     """The nodes with the best chances, so many with the root; parents always come along."""
-    order = sorted(range(len(tree)), key=lambda node: (-chances[node], node))[:size]
-    return tree.part(sorted(order))
+    return tree.part(sorted(by_chance(chances)[:size]))

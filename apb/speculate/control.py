@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from apb.speculate.chances import Chances, best_part
+from apb.speculate.chances import Chances, best_part, by_chance
 from apb.speculate.tree import DraftTree
 
 
@@ -176,8 +176,8 @@ class StepTime:
 class MeasuredController(LengthController):
     """Weighs what each size would have yielded against what a step of that size takes.
 
-    A drafter adds the same nodes first whatever its budget, so the first k nodes are the tree that
-    a budget of k would have given, and every step tells what all smaller ones would have accepted.
+    The k nodes that are claimed to be likeliest, of drawn ones the first k, are the tree that a
+    budget of k would have given, so every step tells what all smaller ones would have accepted.
     Step time is fitted as a line over the number of nodes; it contains what a larger tree costs on
     the wire. Older steps count less. One step in eight takes a size beside the best one, larger and
     smaller in turn, and after a tree that was accepted to its last node the next one is larger, so
@@ -223,11 +223,20 @@ class MeasuredController(LengthController):
         if report.num_nodes == 1 < report.allowed:
             return  # nothing to draft, which says nothing of sizes
         cut_short = report.num_nodes == report.allowed
+        ranks = self._ranks(report)
         for size in self._sizes:
             if size <= report.allowed or not cut_short:
-                self._yields[size].add(sum(node < size for node in report.path))
-        if cut_short and report.num_nodes > 1 and report.path[-1] == report.num_nodes - 1:
+                self._yields[size].add(sum(rank < size for rank in ranks))
+        if cut_short and report.num_nodes > 1 and max(ranks) == report.num_nodes - 1:
             self._next = self._larger(report.num_nodes)
+
+    def _ranks(self, report: StepReport) -> Sequence[int]:
+        """Of the accepted nodes, among all that were sent: the smallest budget with the node."""
+        if report.pool.proposals:
+            return report.path
+        order = by_chance(Chances().of(report.pool))[: report.num_nodes]
+        sent = sorted(order)
+        return [order.index(sent[node]) for node in report.path]
 
 
 class _Mean:

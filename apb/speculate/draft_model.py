@@ -79,20 +79,19 @@ class ModelDrafter(Drafter):
         if tree.is_full:
             return
         known = len(tree) - 1  # what others have proposed takes no room if it is proposed again
-        for draft in self._best(tree.room + known, min_score=tree.min_score):
+        for draft in self._best(tree.room + known):
             if draft.parent.node is not None:
                 claim = Claim(math.exp(draft.score - draft.parent.score))
                 draft.node = tree.add(draft.parent.node, draft.token_id, source=source, claim=claim)
 
-    def _best(self, budget: int, *, min_score: float) -> list[_Draft]:
+    def _best(self, budget: int) -> list[_Draft]:
         """At most `budget` drafts, best first and so parents first."""
-        floor = math.log(min_score) if min_score > 0.0 else -math.inf
         row, states_TM = self._reader.read_root()
         beam: Sequence[_Place] = [_Place(row, node=0)]
         best: list[_Draft] = []
         last = min(self._depth, budget)
         for depth in range(1, last + 1):
-            level = [draft for draft in self._followers(beam, states_TM) if draft.score >= floor]
+            level = list(self._followers(beam, states_TM))
             best = nlargest(budget, [*best, *level], key=lambda draft: draft.score)
             # Behind a draft that is not among the best there can be none that is.
             fresh = set(level)
@@ -137,28 +136,25 @@ class SampledModelDrafter(ModelDrafter):
         if tree.is_full:
             return
         row, states_TM = self._reader.read_root()
-        node, share = 0, 1.0
+        node = 0
         for left in reversed(range(min(self._depth, tree.room))):
-            # Whether to go on hangs on what was drawn before, never on the draw itself.
-            if share < tree.min_score:
-                return
-            proposal, chance = self._draw(states_TM)
+            proposal = self._draw(states_TM)
             nodes = tree.add_drawn(node, proposal, source=source)
             if not (nodes and left):
                 return
-            (node,), share = nodes, share * chance
+            (node,) = nodes
             rows, states_TM = self._reader.read(proposal.drawn, [row])
             row = rows[0]
 
-    def _draw(self, states_1M: Tensor) -> tuple[Proposal, float]:
-        """A token, and how likely it was."""
+    def _draw(self, states_1M: Tensor) -> Proposal:
+        """A token, and what it was drawn from."""
         assert self._head is not None, "extend_tree before begin"
         ids_C = self._head.ids_C
         logits_C = self._head.logits(states_1M)[0].cpu()
         probs_C = filtered_probs(logits_C, self._sampling)
         index = int(probs_C.multinomial(1, generator=self._generator))
         token_id = index if ids_C is None else int(ids_C[index])
-        return Proposal(ProposalKind.iid, probs_C, (token_id,), ids_C), float(probs_C[index])
+        return Proposal(ProposalKind.iid, probs_C, (token_id,), ids_C)
 
 
 @dataclass(kw_only=True, slots=True)

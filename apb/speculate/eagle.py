@@ -101,9 +101,7 @@ class EagleDrafter(Drafter):
         if self._unread:
             self._read_on()
         if self._last is not None and not tree.is_full:
-            floor = math.log(tree.min_score) if tree.min_score > 0 else -math.inf
-            considered = self._looked_at(self._last, tree.room, floor)
-            considered.add_to(tree, floor, source=source)
+            self._looked_at(self._last, tree.room).add_to(tree, source=source)
 
     def _read_on(self) -> None:
         """Run the head over all pairs of a state and the token behind it that are new.
@@ -130,14 +128,14 @@ class EagleDrafter(Drafter):
         if int(positions_T[-1]) == newest:
             self._last = output
 
-    def _looked_at(self, last: HeadOutput, room: int, floor: float) -> Considered:
+    def _looked_at(self, last: HeadOutput, room: int) -> Considered:
         """Levels of likely tokens, until no deeper one can be among the `room` best."""
         width, root = min(self._topk, room), len(self._tokens) - 1
         considered = Considered()
         level = self._first_level(last, width, considered)
         for position in range(root, root + min(self._depth, room) - 1):
             best = float(level.scores_W[0])
-            if best < max(floor, self._least) or best <= considered.score_of(room):
+            if best < self._least or best <= considered.score_of(room):
                 break
             level = self._next_level(level, position, width, considered)
         return considered

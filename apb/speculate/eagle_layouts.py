@@ -67,10 +67,6 @@ class HeadFiles:
         return nested
 
     @property
-    def is_from_speculators(self) -> bool:
-        return "speculators_model_type" in self.config
-
-    @property
     def is_from_specforge(self) -> bool:
         """SpecForge writes EAGLE's names under SGLang's architecture."""
         architectures = self.config.get("architectures") or ()

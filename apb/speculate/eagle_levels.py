@@ -51,7 +51,7 @@ class Considered:
             return -math.inf
         return float(torch.cat(self._scores).topk(rank).values[-1])
 
-    def add_to(self, tree: TreeBuilder, floor: float, *, source: int) -> None:
+    def add_to(self, tree: TreeBuilder, *, source: int) -> None:
         """The likeliest until the tree is full, apart from what is below nodes closed to them.
 
         No child is likelier than its parent, and of equals the parent is first: it was considered
@@ -62,7 +62,7 @@ class Considered:
         nodes: dict[int, int | None] = {-1: 0}
         score_of = {-1: 0.0}
         for score, number in zip(scores_X.tolist(), order_X.tolist(), strict=True):
-            if score < floor or tree.is_full:
+            if tree.is_full:
                 return
             before = parents[number]
             parent, score_of[number] = nodes[before], score

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apb.errors import InputError
-from apb.sampling import SamplingParams, new_generator
+from apb.sampling import SamplingParams, new_generator, nucleus, tempered
 from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
 from apb.speculate.tree import Follower, Proposal, ProposalKind, TreeBuilder
 from apb.speculate.verify import build_verifier
@@ -170,10 +170,10 @@ def _likeliest(
 
     Top-k and top-p look at no more than these tokens here, since a draft need not be exact.
     """
-    scaled_NV = logits_NV.float() / (sampling.temperature or 1.0)
+    scaled_NV = tempered(logits_NV, sampling.temperature or 1.0)
     best_NK = scaled_NV.topk(min(width, scaled_NV.shape[1]), dim=-1)
     probs_NK = (best_NK.values - scaled_NV.logsumexp(dim=-1, keepdim=True)).exp()
-    probs_NK = probs_NK.masked_fill(probs_NK.cumsum(dim=-1) - probs_NK >= sampling.top_p, 0.0)
+    probs_NK = nucleus(probs_NK, sampling.top_p)
     if sampling.top_k:
         probs_NK[:, sampling.top_k :] = 0.0
     for token_ids, probs in zip(best_NK.indices.tolist(), probs_NK.tolist(), strict=True):

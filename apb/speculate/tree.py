@@ -161,13 +161,9 @@ class Follower(NamedTuple, Generic[S]):
 class TreeBuilder:
     """Grows a tree under a budget of nodes. What several drafters propose is kept once."""
 
-    def __init__(self, root: int, *, max_nodes: int, min_score: float = 0.0) -> None:
-        """`max_nodes` counts the root.
-
-        Drafters that know how likely a path is leave out those below `min_score`.
-        """
+    def __init__(self, root: int, *, max_nodes: int) -> None:
+        """`max_nodes` counts the root."""
         self._max_nodes = max_nodes
-        self.min_score = min_score
         self._tokens, self._parents, self._sources = [root], [-1], [0]
         self._children: dict[tuple[int, int], int] = {}
         self._proposals: dict[int, Proposal] = {}
@@ -278,8 +274,6 @@ class TreeBuilder:
         consider(0, 1.0, start)
         while queue:
             score, _, parent, follower = heapq.heappop(queue)
-            if -score < self.min_score:
-                return
             claim = Claim(follower.share, follower.kind)
             node = self.add(parent, follower.token_id, source=source, claim=claim)
             if node is not None:

@@ -5,13 +5,14 @@ Letters: B lessons, T places of each, M hidden size, C tokens that are scored.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,17 @@ class Teacher(NamedTuple):
     ids_C: Tensor
     """Their target ids."""
 
+    @classmethod
+    def of(cls, embedding_VM: Tensor, head_VM: Tensor, ids_C: Tensor) -> Teacher:
+        """Of a target's weights, on their device in fp32."""
+        ids_C = ids_C.to(head_VM.device)
+        return cls(embedding_VM.float().detach(), head_VM[ids_C].float().detach(), ids_C)
+
+    @property
+    def scored(self) -> str:
+        """A digest that tells these ids from others."""
+        return hashlib.sha256(self.ids_C.cpu().numpy().tobytes()).hexdigest()
+
 
 class HeldOut(NamedTuple):
     """How well a head does on lessons it has not seen."""
@@ -82,12 +94,12 @@ class HeldOut(NamedTuple):
 
 
 class EagleTrainer:
-    """Trains a head on features; goes on where an interrupted run of the same recipe stopped."""
+    """Trains a head on features; goes on where an interrupted run of the same settings stopped."""
 
     def __init__(
         self, head: EagleHead, teacher: Teacher, features: FeatureFolder, recipe: Recipe, work: Path
     ) -> None:
-        """Raises InputError where `work` holds the state of another recipe."""
+        """Raises InputError where `work` holds the state of another recipe, head or vocabulary."""
         if len(features) <= recipe.held_out:
             raise InputError(
                 f"lessons={len(features)} leave none beside held_out={recipe.held_out}"
@@ -182,9 +194,13 @@ class EagleTrainer:
                 counts[step] += len(wanted_R)
         return HeldOut(tuple(hit / count for hit, count in zip(hits, counts, strict=True)))
 
+    def _settings(self) -> dict[str, Any]:
+        shape = asdict(self.head.shape)
+        return {"recipe": asdict(self._recipe), "head": shape, "scored": self._teacher.scored}
+
     def _save(self) -> None:
         state = {
-            "recipe": asdict(self._recipe),
+            "settings": self._settings(),
             "step": self._step,
             "seconds": self.seconds,
             "head": self.head.state_dict(),
@@ -194,8 +210,8 @@ class EagleTrainer:
             torch.save(state, scratch)
 
     def _resume(self) -> None:
-        state = torch.load(self._path, weights_only=True)
-        if state["recipe"] != asdict(self._recipe):
+        state = torch.load(self._path, map_location=self._device, weights_only=True)
+        if state.get("settings") != self._settings():
             raise InputError(
                 f"{self._path} was left by a run with other settings: go on with those, or choose "
                 "another work="

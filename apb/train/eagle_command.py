@@ -148,6 +148,14 @@ def _trainer(
 ) -> EagleTrainer:
     """`settings` are the head's configuration."""
     torch.manual_seed(options.recipe.seed)
+    head = new_head(target, settings)
+    ids_C = torch.arange(settings["vocab_size"]) if vocabulary is None else vocabulary.token_ids_C
+    teacher = Teacher.of(target.embedding(), target.head(), ids_C)
+    return EagleTrainer(head, teacher, features, options.recipe, options.work)
+
+
+def new_head(target: HfTarget, settings: Mapping[str, Any]) -> Eagle2Head:
+    """A head of that configuration as it is before training, on the target's device."""
     shape = HeadShape(
         hidden_size=settings["hidden_size"],
         intermediate_size=settings["intermediate_size"],
@@ -160,11 +168,8 @@ def _trainer(
     head = Eagle2Head(shape, target.rotary).to(target.device)
     with torch.no_grad():
         # It begins as the state that it is given, from which the next one is not far.
-        head.fc.weight[:, shape.hidden_size :] += torch.eye(shape.hidden_size)
-    ids_C = torch.arange(settings["vocab_size"]) if vocabulary is None else vocabulary.token_ids_C
-    head_VM = target.head().float()
-    teacher = Teacher(target.embedding().float(), head_VM[ids_C].detach(), ids_C)
-    return EagleTrainer(head, teacher, features, options.recipe, options.work)
+        head.fc.weight[:, shape.hidden_size :].diagonal().add_(1.0)
+    return head
 
 
 def _figures(held_out: HeldOut) -> str:

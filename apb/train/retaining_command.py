@@ -20,7 +20,7 @@ from apb.errors import InputError
 from apb.hf.compressor_target import compressor_target
 from apb.hf.model import CausalLM, choose_dtype, load_config
 from apb.hf.tokenizer import load_tokenizer
-from apb.train.pairs import Reader, Reading, collect
+from apb.train.pairs import MIN_DOCUMENT, Reader, Reading, collect
 from apb.train.reading_pass import ReadingPass
 from apb.train.recall import HEADS, compare, figures, recall_card
 from apb.train.retaining import HeadRecipe, HeadTrainer
@@ -60,6 +60,11 @@ class Options:
             if key in _NUMBERS
         }
         recipe = {key: numbers.pop(key) for key in _RECIPE_KEYS if key in numbers}
+        if recipe.get("updates", 1) > MIN_DOCUMENT // 2:
+            raise InputError(
+                f"updates={recipe['updates']} exceeds {MIN_DOCUMENT // 2}: a document may have "
+                f"only {MIN_DOCUMENT} tokens, and a step needs two; lower updates"
+            )
         output = Path(values["output"]).expanduser()
         return cls(
             data=paths_of(values["data"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from rank_pool import RankPool, same_on_all_ranks
 PoolOf = Callable[[int], RankPool]
 PARAMS = {"max_tokens": 6, "ignore_eos": True}
 DOCUMENT = "The miller kept bees. " * 30
+LONG = "Who kept them? " * 9
+"""More than a few rows."""
+CANCELLED = "the request was cancelled while its prompt was read"
 SETTINGS = [
     ("apb", "sharded"),
     ("apb", "rank0"),
@@ -25,18 +29,22 @@ SETTINGS = [
 ]
 
 
+def cancels(at: int | None) -> Callable[[], bool]:
+    """True when it is asked for that time."""
+    asked = count()
+    return lambda: next(asked) == at
+
+
 def ask(
-    runner: RequestRunner, *, cancel_at: int | None = None, timeout_s: float | None = None
+    runner: RequestRunner,
+    *,
+    cancel_at: int | None = None,
+    timeout_s: float | None = None,
+    question: str = "Who?",
 ) -> tuple[str, list[int]]:
     """How a request ended, with its tokens. The owner cancels when it is asked for that time."""
-    asked = 0
-
-    def is_cancelled() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked - 1 == cancel_at
-
-    arguments: dict[str, Any] = {"document": DOCUMENT, "question": "Who?", "params": PARAMS}
+    is_cancelled = cancels(cancel_at)
+    arguments: dict[str, Any] = {"document": DOCUMENT, "question": question, "params": PARAMS}
     if timeout_s is not None:
         arguments["timeout_s"] = timeout_s
     try:
@@ -44,6 +52,16 @@ def ask(
     except RequestError as error:
         return str(error), []
     return last["result"]["finish_reason"], last["result"]["token_ids"]
+
+
+def score(runner: RequestRunner, *, cancel_at: int | None = None) -> str:
+    """How a likelihood ended."""
+    arguments = {"document": "Bees.", "continuation": DOCUMENT, "query": None}
+    try:
+        list(runner.handle("likelihood", arguments, cancels(cancel_at)))
+    except RequestError as error:
+        return str(error)
+    return "whole"
 
 
 def end_early(comm: Communicator, method: str, placement: str) -> dict[str, Any]:
@@ -55,6 +73,8 @@ def end_early(comm: Communicator, method: str, placement: str) -> dict[str, Any]
         "whole": ask(runner),
         "in_prefill": [ask(runner, cancel_at=at) for at in range(layers)],
         "in_decode": ask(runner, cancel_at=layers + 1),
+        "in_question": [ask(runner, cancel_at=layers + at, question=LONG) for at in range(layers)],
+        "in_scores": [score(runner, cancel_at=at) for at in (None, *range(2 * layers))],
         "late": ask(runner, timeout_s=1e-9),
         "again": ask(runner, timeout_s=1e9),
     }
@@ -68,7 +88,17 @@ def test_all_ranks_give_up_together_and_answer_the_next_request(
     assert outcome["whole"][0] == "length"
     assert len(outcome["whole"][1]) == 6
     for ended in outcome["in_prefill"]:
-        assert ended == ("the request was cancelled while its document was read", [])
+        assert ended == (CANCELLED, [])
+    for reason, tokens in outcome["in_question"]:
+        if placement == "sharded":
+            assert (reason, tokens) == (CANCELLED, [])
+        else:  # the owner reads it alone
+            assert reason == "cancelled"
+            assert tokens
+    scored = outcome["in_scores"]
+    layers = len(outcome["in_prefill"])
+    together, alone = (2 * layers, 0) if placement == "sharded" else (layers, layers)
+    assert scored == ["whole", *[CANCELLED] * together, *["whole"] * alone]
     reason, tokens = outcome["in_decode"]
     assert reason == "cancelled"
     assert tokens == outcome["whole"][1][: len(tokens)]
@@ -83,7 +113,7 @@ def count_layers(comm: Communicator, due_at: int) -> int:
     interrupt = Interrupt(comm, timeout_s=due_at + 0.5, clock=lambda: float(done))
     try:
         while done < 12:
-            interrupt.between_layers()
+            interrupt.after_layer(is_last=False)
             done += 1
     except RequestError:
         return done
@@ -101,8 +131,7 @@ def time_out_while_decoding(comm: Communicator) -> list[str]:
     """The time passes with the first token."""
     now = 0.0
     interrupt = Interrupt(comm, timeout_s=1.0, clock=lambda: now)
-    interrupt.between_layers()
-    interrupt.settle()
+    interrupt.after_layer(is_last=True)
     now = 2.0
     outcomes = [str(interrupt.is_due())]
     try:

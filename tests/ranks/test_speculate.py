@@ -24,13 +24,21 @@ from apb.plugins import PLUGINS
 from apb.prompts.needle import make_needle
 from apb.prompts.template import build_prompt
 from apb.sampling import SamplingParams
-from apb.speculate.base import Drafter, DrafterConfig, DraftRequest, DraftTarget, Verified
+from apb.speculate.base import (
+    MAX_NODES,
+    Drafter,
+    DrafterConfig,
+    DraftRequest,
+    DraftTarget,
+    Needs,
+    Verified,
+)
 from apb.speculate.control import ControllerKind
 from apb.speculate.speculator import SpeculationStats, Speculator
 from apb.speculate.tree import TreeBuilder
 from apb.speculate.verify import VerifierKind
 from eagle_checkpoints import eagle2_head, eagle3_head
-from models import VOCAB, draft_target, model_config, random_ids
+from models import VOCAB, draft_target, hf_model, model_config, random_ids
 from rank_pool import RankPool, same_on_all_ranks
 from ranks.cases import make_prompt
 from ranks.programs import Case, make_engine
@@ -91,6 +99,32 @@ class ProphetConfig(DrafterConfig):
 
     def build_drafter(self, target: DraftTarget) -> Prophet:
         return Prophet(self.answer)
+
+
+class Listener(Drafter):
+    """Drafts nothing and keeps what it is told of the prompt."""
+
+    needs = Needs(final=True, first=3, last=MAX_NODES)
+
+    def __init__(self, heard: dict[int, torch.Tensor]) -> None:
+        self._heard = heard
+
+    def begin(self, request: DraftRequest) -> None: ...
+
+    def read(self, positions: Sequence[int], states_TE: torch.Tensor) -> None:
+        self._heard.update(zip(positions, states_TE, strict=True))
+
+    def observe(self, new_ids: Sequence[int], verified: Verified | None) -> None: ...
+
+    def extend_tree(self, tree: TreeBuilder, *, source: int) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class ListenerConfig(DrafterConfig):
+    heard: dict[int, torch.Tensor]
+
+    def build_drafter(self, target: DraftTarget) -> Listener:
+        return Listener(self.heard)
 
 
 class Stop(NamedTuple):
@@ -312,6 +346,24 @@ def test_every_drafter_leaves_the_answer_as_it_is(
         one_hot = replace(config, verifier=VerifierKind.onehot)
         assert run(pool, case, params, one_hot)[0] == plain(pool, case, params)
     assert stats.nodes > stats.steps, "nothing was drafted"
+
+
+@pytest.mark.parametrize("prefix_len", [0, 2])
+def test_drafters_read_the_beginning_of_the_document_and_not_of_the_anchor(prefix_len: int) -> None:
+    prompt = make_prompt(300, prefix_len=prefix_len, query_len=5)
+    case = replace(CASE, prompt=prompt, num_blocks=2)
+    engine = make_engine(Communicator(0, 1, torch.device("cpu")), case)
+    heard: dict[int, torch.Tensor] = {}
+    speculator = Speculator(ListenerConfig(heard=heard), draft_target(case.model))
+    speculator.begin([*prompt.context_ids, *prompt.query_ids], GREEDY)
+    speculator.wait()
+    rows = engine.prefill(prompt, case.plan(1), room=0)
+    assert rows.local.start > 0, "no copy of the anchor"
+    speculator.read(rows.positions, rows.local)
+    assert sorted(heard) == [0, 1, 2, *range(300 - MAX_NODES, 300)]
+    exact = hf_model(case.model).base_model(torch.tensor([prompt.context_ids[:3]]))
+    first_TM = torch.stack([heard[position] for position in range(3)])
+    torch.testing.assert_close(first_TM, exact.last_hidden_state[0], atol=1e-4, rtol=1e-4)
 
 
 def test_plain_decoding_takes_a_step_for_each_token_but_the_first(pool_of: PoolOf) -> None:

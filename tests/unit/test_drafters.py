@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apb.errors import InputError
 from apb.plugins import PLUGINS
@@ -22,7 +24,7 @@ from apb.speculate.lookup import LookupConfig
 from apb.speculate.recycling import RecyclingConfig
 from apb.speculate.speculator import Speculator
 from apb.speculate.suffix import SuffixConfig
-from apb.speculate.tree import DraftTree, TreeBuilder
+from apb.speculate.tree import Claim, DraftTree, TreeBuilder
 from models import draft_target
 
 GREEDY = SamplingParams()
@@ -230,8 +232,9 @@ def test_decoding_does_not_wait_for_a_drafter_that_prepares() -> None:
 
 
 def report(allowed: int, num_nodes: int, path: Sequence[int], seconds: float) -> StepReport:
-    nothing = DraftTree.of_root(0)
-    return StepReport(allowed, num_nodes, path, seconds, 0.0, nothing, [0] * len(path))
+    chain = TreeBuilder(0, max_nodes=num_nodes)
+    chain.add_path([0] * (num_nodes - 1), source=1)
+    return StepReport(allowed, num_nodes, path, seconds, 0.0, chain.build(), [0] * len(path))
 
 
 def feed(controller: MeasuredController, accepted: int, per_node_s: float, steps: int) -> None:
@@ -258,6 +261,31 @@ def test_measured_controller_finds_the_best_size_and_follows_a_change(
         sizes.append(controller.max_nodes())
         feed(controller, accepted, per_node_s, 0)
     assert sizes.count(expected) >= 14
+
+
+@given(data=st.data(), num_nodes=st.integers(2, 40), allowed=st.integers(2, 16))
+def test_measured_controller_learns_what_each_smaller_tree_would_have_yielded(
+    data: st.DataObject, num_nodes: int, allowed: int
+) -> None:
+    """Also where several drafters have added nodes, and those sent are picked from among them."""
+    pool = TreeBuilder(0, max_nodes=num_nodes)
+    for token_id in range(1, num_nodes):  # a token says which node of the pool it is
+        share = data.draw(st.sampled_from([0.1, 0.4, 0.5, 1.0]))
+        parent = data.draw(st.integers(0, token_id - 1))
+        pool.add(parent, token_id, source=data.draw(st.integers(1, 3)), claim=Claim(share))
+    drafted, controller = pool.build(), MeasuredController(16)
+    end, truth = data.draw(st.integers(0, num_nodes - 1)), set[int]()
+    while end >= 0:
+        truth.add(end)
+        end = drafted.parents[end]
+    sent = controller.choose(drafted, allowed)
+    path = [node for node, token_id in enumerate(sent.tokens) if token_id in truth]
+    controller.max_nodes()
+    controller.update(StepReport(allowed, len(sent), path, 1.0, 0.0, drafted, path[1:]))
+    for size in (1, 2, 4, 8, 16):
+        if size <= allowed:
+            smaller = controller.choose(drafted, size)
+            assert controller._yields[size].value == len(truth & set(smaller.tokens))
 
 
 def test_a_quote_is_noticed_within_a_few_steps() -> None:

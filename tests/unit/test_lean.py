@@ -96,9 +96,11 @@ def test_taps_see_the_same_on_both_ways(needs: Needs) -> None:
 def test_taps_keep_the_beginning_and_the_end_of_a_long_prompt() -> None:
     model = apb_model("llama")
     tap = model.tap(Needs(final=True, first=3, last=80))
-    last_TM = hidden(model, 100)
+    anchor_len = 15  # a copy of the beginning before the beginning itself
+    positions_T = torch.cat((torch.arange(anchor_len), torch.arange(100)))
+    last_TM = model.forward(random_ids(115, seed=1), positions_T, attend)
     rows, states_TE = tap.take()
-    assert list(rows) == [0, 1, 2, *range(20, 100)]
+    assert list(rows) == [0, 1, 2, 15, 16, 17, *range(35, 115)]
     assert torch.equal(states_TE, last_TM[list(rows)])
 
 

@@ -172,6 +172,18 @@ def test_raw_is_document_and_question_alone() -> None:
     assert prompt == PromptTokens((), utf8("d<|eos|>"), utf8("q"))
 
 
+@pytest.mark.parametrize("ids", [[256, 1, 2], [256, 256, 1], [256], [1, 256], [1]], ids=str)
+def test_raw_takes_what_texts_start_with_for_the_prefix_and_leaves_a_document(
+    ids: list[int],
+) -> None:
+    prompt = build_prompt(TOKENIZER, ids, "q", template="raw")
+    assert prompt.context_ids == tuple(ids)
+    assert prompt.prefix_ids == ((256,) if ids[0] == 256 and len(ids) > 1 else ())
+    bare = with_template(None)
+    bare.backend_tokenizer.post_processor = None  # starts no text with anything
+    assert build_prompt(bare, ids, "q", template="raw").prefix_ids == ()
+
+
 @pytest.mark.parametrize("template", ["chat", "plain", "raw"])
 def test_the_start_of_an_answer_follows_all_else_and_is_text(template: str) -> None:
     begun = build_prompt(TOKENIZER, "d", "q", template=template, answer_start="It is<|eos|>")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from apb.errors import InputError
-from apb.sampling import Sampler, SamplingParams, filtered_probs
+from apb.sampling import Sampler, SamplingParams, filtered_probs, tempered
 
 LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=9, unique=True)
 NUM_DRAWS = 4_000
@@ -90,6 +90,29 @@ def test_extreme_temperatures_stay_finite() -> None:
     for temperature, expected in [(1e-3, [1.0, 0.0, 0.0]), (1e6, [1 / 3, 1 / 3, 1 / 3])]:
         probs_V = filtered_probs(logits_V, SamplingParams(temperature=temperature))
         torch.testing.assert_close(probs_V, torch.tensor(expected), atol=1e-3, rtol=0)
+
+
+@given(
+    logits=st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=9),
+    temperature=st.floats(0.0, math.inf, exclude_min=True, exclude_max=True),
+    top_k=st.integers(0, 3),
+    top_p=st.floats(0.0, 1.0, exclude_min=True),
+)
+@example(logits=[0.0, 1.0], temperature=1e-40, top_k=0, top_p=1.0)
+@example(logits=[0.0, 1.0], temperature=5e-324, top_k=0, top_p=1.0)
+@example(logits=[0.0, 1.0], temperature=1.0, top_k=0, top_p=1e-46)
+@example(logits=[0.0, 1.0], temperature=1e300, top_k=2, top_p=5e-324)
+def test_whatever_is_asked_for_the_likeliest_token_can_be_drawn(
+    logits: list[float], temperature: float, top_k: int, top_p: float
+) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=0))
+    logits_V = torch.tensor(logits)
+    probs_V = sampler.probs(logits_V)
+    assert math.isclose(float(probs_V.sum()), 1.0, rel_tol=1e-5)
+    best_V = tempered(logits_V, temperature) > -1e-6  # heat makes many equal
+    assert best_V[logits_V.argmax()]
+    assert probs_V[best_V].max() == probs_V.max()
+    assert float(probs_V[sampler(logits_V)]) > 0.0
 
 
 def test_draws_follow_the_probabilities() -> None:

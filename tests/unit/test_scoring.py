@@ -11,8 +11,13 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from apb.comm import Communicator
+from apb.compress.knorm import KnormConfig
+from apb.config import compose_config
 from apb.errors import RequestError
+from apb.methods.apb import ApbConfig
+from apb.requests import RequestReader
 from apb.scoring import divergence, likelihood
+from plans import make_plan
 
 VOCAB, HIDDEN = 40, 8
 ROWS = 300
@@ -64,3 +69,27 @@ def test_logits_that_are_not_finite_fail_the_request(head_MV: Tensor, bad: int) 
     for pair in ((good_TM, bad_TM), (bad_TM, good_TM)):
         with pytest.raises(RequestError, match="not finite"):
             divergence(engine(head_MV), *pair, targets)
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_scored_documents_first_token_stays_first_in_the_anchor(as_ids: bool) -> None:
+    """It is the attention sink, and the query stands behind it."""
+    reader = RequestReader(compose_config(["model=tiny"]), max_positions=2048)
+    text = "The miller kept bees. " * 9
+    document_ids = [256, *text.encode()]
+    read = reader.continuation(document_ids if as_ids else text, "Bees.", "Who kept bees?")
+    prompt = read.prompt
+    assert [*prompt.context_ids, read.rows[0]] == document_ids
+    method = ApbConfig(compressor=KnormConfig(), min_block_len=1)
+    anchor = make_plan(method, prompt, world_size=2).anchor
+    assert anchor.query_len > 0
+    shown = anchor.token_ids(prompt.context_ids, prompt.query_ids)
+    assert shown[:2] == [256, *prompt.query_ids[-anchor.query_len :]][:2]
+
+
+def test_a_scored_document_of_one_token_stays_a_document() -> None:
+    reader = RequestReader(compose_config(["model=tiny"]), max_positions=2048)
+    for document in ([256], [256, 1], [1]):
+        prompt = reader.continuation(document, "Bees.", None).prompt
+        assert list(prompt.context_ids) == document[:1]
+        assert prompt.document_ids

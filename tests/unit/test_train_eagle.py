@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from apb.rotary import Rotary
 from apb.speculate.eagle_head import Eagle2Head, EagleHead, HeadShape
 from apb.train.__main__ import main
 from apb.train.eagle import EagleTrainer, HeldOut, Recipe, Teacher
+from apb.train.eagle_command import new_head
 from apb.train.features import FeatureFolder, Features, FeatureSpec, compute_features
 from apb.train.lessons import Lesson
 from apb.train.unroll import drafted_rows, drafted_states
@@ -34,9 +38,9 @@ SPEC = FeatureSpec("random", "", ("nothing",), (), lessons=12, length=9, hidden_
 RECIPE = Recipe(steps=6, batch=2, held_out=4, save_every=2, warm_up=2)
 
 
-def make_head() -> Eagle2Head:
+def make_head(shape: HeadShape = SHAPE) -> Eagle2Head:
     torch.manual_seed(0)
-    return Eagle2Head(SHAPE, Rotary(torch.tensor([1.0, 0.1]), 1.0))
+    return Eagle2Head(shape, Rotary(torch.tensor([1.0, 0.1]), 1.0))
 
 
 def drafted_alone(head: EagleHead, embeds_TM: Tensor, states_TM: Tensor, start: int) -> Tensor:
@@ -80,11 +84,17 @@ def make_features(folder: Path) -> FeatureFolder:
     return features
 
 
-def make_trainer(folder: Path, recipe: Recipe = RECIPE) -> EagleTrainer:
+def make_trainer(
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    *,
+    scored: Sequence[int] = range(20),
+    shape: HeadShape = SHAPE,
+) -> EagleTrainer:
     generator = torch.Generator().manual_seed(1)
     table_VM = torch.randn(50, 16, generator=generator)
-    teacher = Teacher(table_VM, table_VM[:20], torch.arange(20))
-    return EagleTrainer(make_head(), teacher, make_features(folder), recipe, folder)
+    teacher = Teacher.of(table_VM, table_VM, torch.tensor(scored))
+    return EagleTrainer(make_head(shape), teacher, make_features(folder), recipe, folder)
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(
@@ -109,10 +119,51 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
         torch.testing.assert_close(resumed.head.state_dict()[name], weight, rtol=0, atol=0)
 
 
-def test_the_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": replace(RECIPE, batch=3)},
+        {"scored": range(21)},
+        {"scored": range(1, 21)},
+        {"shape": replace(SHAPE, intermediate_size=25)},
+        {"shape": replace(SHAPE, norm_eps=1e-5)},
+    ],
+    ids=str,
+)
+def test_the_state_of_another_training_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     make_trainer(tmp_path).train()
+    make_trainer(tmp_path)
     with pytest.raises(InputError, match="other settings"):
-        make_trainer(tmp_path, replace(RECIPE, batch=3))
+        make_trainer(tmp_path, **other)
+
+
+def test_what_is_trained_is_on_the_targets_device() -> None:
+    """Shown on a device without memory, where nothing from the CPU may be mixed in either."""
+    meta = torch.device("meta")
+    weight_VM = torch.empty(50, 16, device=meta)
+    teacher = Teacher.of(weight_VM, weight_VM, torch.arange(20))
+    assert {x.device for x in (*begun_head(meta).parameters(), *teacher)} == {meta}
+
+
+def test_a_head_begins_near_the_state_that_it_is_given() -> None:
+    torch.manual_seed(0)
+    drawn_MX = Eagle2Head(SHAPE, Rotary(torch.empty(2), 1.0)).fc.weight
+    torch.manual_seed(0)
+    added_MX = begun_head(torch.device("cpu")).fc.weight - drawn_MX
+    torch.testing.assert_close(added_MX, torch.cat((torch.zeros(16, 16), torch.eye(16)), dim=1))
+
+
+def begun_head(device: torch.device) -> Eagle2Head:
+    target: Any = SimpleNamespace(device=device, rotary=Rotary(torch.empty(2, device=device), 1.0))
+    settings = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "rms_norm_eps": 1e-6,
+    }
+    return new_head(target, settings)
 
 
 def test_features_that_were_half_written_are_written_again(tmp_path: Path) -> None:

@@ -308,6 +308,7 @@ GOOD = ("retaining_heads", "+model=tiny", "data=pyproject.toml", "output=/nowher
     [
         (["retaining_heads", "+model=tiny"], "data= and output= are needed"),
         ([*GOOD, "steps=0"], "steps=0"),
+        ([*GOOD, "updates=33"], "updates=33 exceeds 32"),
         ([*GOOD, "loss=best"], "loss=best must be one of locret, top"),
         ([*GOOD, "query_aware=maybe"], "query_aware=maybe must be one of true, false"),
         ([*GOOD, "learning_rate=0"], "learning_rate=0"),
