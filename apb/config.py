@@ -35,8 +35,9 @@ from apb.supervision import SupervisionConfig
 APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = (
-    *("prompt.document", "prompt.query", "model.path", "model.sha256", "model.drafting"),
-    *("output", "drafter.head", "drafter.vocabulary", "drafter.model"),
+    *("prompt.document", "prompt.query", "output"),
+    *("model.name", "model.path", "model.sha256", "model.drafting"),
+    *("drafter.head", "drafter.vocabulary", "drafter.model"),
     *("method.layer_budgets", "method.compressor.heads"),
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
@@ -202,24 +203,28 @@ def model_names() -> list[str]:
 
 
 def normalised(overrides: Sequence[str]) -> list[str]:
-    """Overrides as Hydra's grammar wants them: ``model=x`` becomes ``+model=x``, text is quoted."""
+    """Overrides as Hydra's grammar wants them: ``model=x`` becomes ``+model=x``, text is quoted.
+
+    A plus before the key says so: whatever has one stays as it is, also what this has returned.
+    """
     result = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if key == "audit" and equals:
             override = f"audit.enabled={value}"
-        if key in FREE_TEXT and equals and not _QUOTED.fullmatch(value):
-            override = f"{key}={quoted(value)}"
+        if key in FREE_TEXT and equals:
+            override = f"{_IN_GRAMMAR}{key}={quoted(value)}"
         result.append(f"+{override}" if key in APPEND_ONLY else override)
     return result
 
 
-_QUOTED = re.compile(r"""'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", re.DOTALL)
+_IN_GRAMMAR = "++"
+"""To Hydra: a setting whether it is there or not. It is no part of a key of `FREE_TEXT`."""
 
 
 def quoted(text: str) -> str:
-    """A string to the letter in Hydra's override grammar."""
-    literal = text.replace("${", "\\${")
+    """A string to the letter in Hydra's override grammar, also after OmegaConf has resolved it."""
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return QuotedString(literal, Quote.single).with_quotes()
 
 
@@ -228,15 +233,17 @@ _COMPOSE_LOCK = threading.Lock()
 
 
 def compose_config(overrides: Sequence[str]) -> RunConfig:
-    """The configuration that `overrides` describe.
+    """The configuration that `overrides` describe, as users write them or `normalised`.
 
     Raises:
         InputError: an unknown key, a wrong type, a value out of range, or no model.
     """
     register_configs()
+    # Without the plusses a text that does not apply is refused with the settings that do.
+    words = [override.removeprefix(_IN_GRAMMAR) for override in normalised(overrides)]
     with _COMPOSE_LOCK, _own_hydra():
         try:
-            config = compose("run", normalised(overrides))
+            config = compose("run", words)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise InputError(one_sentence(error)) from error
     return to_run_config(config)

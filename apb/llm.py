@@ -233,11 +233,7 @@ def _model_overrides(model: str) -> list[str]:
             f"model is empty: give a name ({', '.join(model_names())}), a path or a Hub id"
         )
     path = os.path.abspath(model) if os.path.exists(model) else model
-    return [
-        "model=custom",
-        f"model.path={quoted(path)}",
-        f"model.name={quoted(os.path.basename(path))}",
-    ]
+    return ["model=custom", f"model.path={path}", f"model.name={os.path.basename(path)}"]
 
 
 def _override_value(value: str | float | bool) -> str:

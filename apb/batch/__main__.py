@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from apb.batch.journal import Answer, Journal, check_output
 from apb.batch.rows import Row, Rows, open_rows
-from apb.config import RunConfig, compose_config, normalised
+from apb.config import RunConfig, compose_config
 from apb.errors import ApbError, InputError, RequestError
 from apb.llm import LLM
 from apb.log import configure_logging
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         values, overrides = _parse(arguments)
         failed = run(
-            normalised(overrides),
+            overrides,
             source=values["input"],
             output=values["output"],
             question=values.get("question"),
