@@ -83,6 +83,11 @@ class LLM:
             self._opened = open_session(self.config, lambda: self._overrides)
 
     @property
+    def is_dead(self) -> bool:
+        """Whether the ranks are gone and no others have been started in their place."""
+        return self._opened is not None and self._opened.failure() is not None
+
+    @property
     def _session(self) -> Session:
         self.start()
         assert self._opened is not None

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from apb.batch.journal import Answer, Journal, check_output
 from apb.batch.rows import Row, Rows, open_rows
 from apb.config import RunConfig, compose_config
-from apb.errors import ApbError, InputError, RequestError
+from apb.errors import ApbError, EngineDeadError, InputError, RequestError
 from apb.llm import LLM
 from apb.log import configure_logging
 from apb.output import RequestOutput
@@ -46,7 +46,7 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
 
     Raises:
         InputError: a setting, `source` or `output` that cannot work, before a model is loaded.
-        EngineDeadError: the ranks are gone; finished rows are on disk.
+        EngineDeadError: the ranks are gone and no others follow; finished rows are on disk.
     """
     overrides = [*_SETTINGS, *overrides]
     config = compose_config(overrides)
@@ -142,7 +142,9 @@ def _answer(llm: LLM, config: RunConfig, *, row_id: str, question: str, document
     """A row's answer, or why there is none."""
     try:
         output = llm.ask(document, question, config.decode.sampling_params(seed=config.seed))
-    except (InputError, RequestError) as error:
+    except (InputError, RequestError, EngineDeadError) as error:
+        if llm.is_dead:
+            raise
         return {"id": row_id, "question": question, "error": str(error)}
     return {"id": row_id, "question": question, **_fields(output), "error": None}
 

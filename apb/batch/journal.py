@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from apb.errors import InputError
 from apb.files import written_whole
-from apb.json_lines import JsonLines, encode_line
+from apb.json_lines import JsonLines, encode_line, escaped
 
 Answer = dict[str, Any]
 """A row of output, with the fields of `TYPES`; an error and an answer exclude each other."""
@@ -135,7 +135,11 @@ def _write_parquet(file: IO[bytes], answers: list[Answer]) -> None:
     import pyarrow.parquet as pq
 
     schema = pa.schema(list(TYPES.items()))
-    pq.write_table(pa.Table.from_pylist(answers, schema), file)
+    rows = [
+        {name: escaped(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in answers
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema), file)
 
 
 def _read_parquet(path: Path) -> list[Answer]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import InputError
+from apb.json_lines import escaped
 
 DOCUMENT_SUFFIXES = (".txt", ".md", ".pdf")
 COLUMNS = ("id", "question", "document", "path")
@@ -63,7 +64,7 @@ def _folder(folder: Path) -> Rows:
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     if not names:
         raise InputError(f"input={folder} holds no {', '.join(DOCUMENT_SUFFIXES)} files")
-    return Rows(lambda: (Row(name, path=folder / name) for name in names), len(names))
+    return Rows(lambda: (Row(escaped(name), path=folder / name) for name in names), len(names))
 
 
 def _json_lines(path: Path) -> Rows:
@@ -127,7 +128,7 @@ def _remote(source: str) -> Rows:
 def _row(columns: Mapping[str, Any], number: int, folder: Path) -> Row:
     """A row from its columns; without an `id` its number, from 0, names it."""
     given = {name: columns[name] for name in COLUMNS if columns.get(name) is not None}
-    row = Row(str(given.get("id", number)))
+    row = Row(escaped(str(given.get("id", number))))
     for name in ("question", "document", "path"):
         if not isinstance(given.get(name, ""), str):
             return row._replace(error=f"column {name} is no text")

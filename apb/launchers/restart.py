@@ -88,6 +88,9 @@ class RestartingSession(Session):
                 if not self._restart(error.failure) or not asks_again:
                     raise
 
+    def failure(self) -> EngineDeadError | None:
+        return self._gang.failure()
+
     def close(self) -> None:
         self._replaces = False
         self._gang.close()

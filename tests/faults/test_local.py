@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from apb import LLM, EngineDeadError, RequestError, SamplingParams
+from apb.batch.__main__ import main as batch
 from faults.forked_ranks import start_forked_rank
 from faults.leftovers import Leftovers, left_since
 from faults.scenarios import FAST, NAMED_WITHIN_S, OVERRIDES, SCENARIOS, WORLD_SIZE, Scenario
@@ -116,3 +119,19 @@ def test_a_cancelled_and_an_overdue_prefill_leave_the_ranks_ready(
         next(iter(stream))
         stream.close()
         assert ask(llm) == expected
+
+
+@pytest.mark.usefixtures("expected")
+@pytest.mark.parametrize("restarts", [1, 0])
+def test_a_row_of_a_batch_that_ends_the_ranks_is_that_rows_error_while_they_come_back(
+    restarts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APB_FAULTS", "rank=1,stage=prefill,kind=oom,request=2")
+    table, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    table.write_text("".join(json.dumps({"document": DOCUMENT}) + "\n" for _ in range(3)))
+    settings = ["model=tiny", "world_size=2", *OVERRIDES, f"supervision.restarts={restarts}"]
+    places = [f"input={table}", f"output={output}", "question=Who kept bees?"]
+    assert batch([*settings, "decode.max_tokens=4", *places]) == 1
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["error"] is None for row in rows] == ([True, False, True] if restarts else [True])
+    assert all("rank 1 on" in row["error"] for row in rows[1:2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,23 @@ def test_a_failed_row_is_open_and_its_later_answer_takes_its_place(
     assert found[1]["text"] == "now"
     assert all(list(row) == list(TYPES) for row in found)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_names_and_questions_that_are_no_text_are_written_and_known_again(
+    tmp_path: Path, suffix: str
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / f"out.{suffix}"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.txt")).touch()
+    (row,) = rows(folder)
+    question = "lone \ud800"
+    write_answers(output, answer(row.id), answer("other", question=question, error=question))
+    for _ in range(2):
+        journal = Journal(output, "s")
+        assert journal.is_answered(row.id)
+        journal.finish([])
+        journal.close()
 
 
 @pytest.mark.parametrize(
