@@ -88,6 +88,11 @@ class LLM:
         return self._opened is not None and self._opened.failure() is not None
 
     @property
+    def world_size(self) -> int:
+        """How many ranks there are, or were before the first was lost."""
+        return self.config.world_size or self._session.world_size
+
+    @property
     def _session(self) -> Session:
         self.start()
         assert self._opened is not None

@@ -56,24 +56,30 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
         raise InputError("trace=true traces one answer: ask for it with apb.run, or drop it")
     with closing(LLM.from_overrides(overrides)) as llm:
         if os.environ.get("RANK", "0") != "0":  # of a torchrun gang: rank 0 reads and writes
-            unread: Iterator[dict[str, str]] = iter(())
+            unread: Iterator[dict[str, Any]] = iter(())
             for row in llm.shared(unread):
                 _answer(llm, config, **row)
             return 0
         check_output(Path(output))
         rows = open_rows(source)
-        with closing(Journal(Path(output), fingerprint(config))) as journal:
+        settings = fingerprint(config, llm.world_size)
+        with closing(Journal(Path(output), settings)) as journal:
             batch = _Batch(config, rows, journal, question)
             for row in llm.shared(batch.pending()):
                 batch.record(_answer(llm, config, **row))
             return batch.finish()
 
 
-def fingerprint(config: RunConfig) -> str:
-    """Of the settings that answers depend on; where the ranks are, and for how long, is not."""
+def fingerprint(config: RunConfig, world_size: int) -> str:
+    """Of the settings that answers depend on; where the ranks are, and for how long, is not.
+
+    Question and document are not either: they stand in the answers (see `Journal.is_answered`).
+    """
     settings = {
         name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT
     }
+    if config.num_blocks is None:  # so that it is one per rank
+        settings["world_size"] = world_size
     # The kind of a plug-in is its class, which `asdict` drops.
     kinds = [type(getattr(config, name)).__name__ for name in ("method", "drafter", "backend")]
     encoded = json.dumps([settings, kinds], sort_keys=True, default=str).encode()
@@ -87,42 +93,44 @@ class _Batch:
         self, config: RunConfig, rows: Rows, journal: Journal, question: str | None
     ) -> None:
         self._config, self._rows, self._journal, self._question = config, rows, journal, question
-        self._settings = fingerprint(config)
         self._order: dict[str, None] = {}
         self._counts = {"answered": 0, "failed": 0, "kept": 0}
         self._bar: tqdm[Any] = tqdm(total=rows.total, desc="rows", disable=None)
 
-    def pending(self) -> Iterator[dict[str, str]]:
+    def pending(self) -> Iterator[dict[str, Any]]:
         """Rows to ask about, their documents read; those that cannot be read fail here."""
         for row in self._rows.read():
             if row.id in self._order:
                 row = row._replace(id=f"{row.id} (again)", error=f"id {row.id} occurs twice")
             self._order[row.id] = None
-            if self._journal.is_answered(row.id):
+            if self._journal.is_answered(self._asked(row)):
                 self._count("kept")
                 continue
             try:
                 yield self._read(row)
             except InputError as error:
-                question = row.question or self._question
-                self.record({"id": row.id, "question": question, "error": str(error)})
+                self.record({**self._asked(row), "error": str(error)})
 
-    def _read(self, row: Row) -> dict[str, str]:
+    def _asked(self, row: Row) -> Answer:
+        question = row.question or self._question
+        return {"id": row.id, "question": question, "source": row.source}
+
+    def _read(self, row: Row) -> Answer:
+        asked = self._asked(row)
         if row.error is not None:
             raise InputError(row.error)
-        question = row.question or self._question
-        if not question:
+        if not asked["question"]:
             raise InputError("the row has no question: add a column or give question=")
         document = row.document
         if document is None:
             prompt = self._config.prompt
             assert isinstance(prompt, FileConfig)
             document = prompt.read(row.path or Path())
-        return {"row_id": row.id, "question": question, "document": document}
+        return {"asked": asked, "document": document}
 
     def record(self, answer: Answer) -> None:
         """Write a row of output."""
-        self._journal.add({**answer, "settings": self._settings})
+        self._journal.add(answer)
         self._count("answered" if answer["error"] is None else "failed")
 
     def _count(self, what: str) -> None:
@@ -138,15 +146,16 @@ class _Batch:
         return counts["failed"]
 
 
-def _answer(llm: LLM, config: RunConfig, *, row_id: str, question: str, document: str) -> Answer:
+def _answer(llm: LLM, config: RunConfig, *, asked: Answer, document: str) -> Answer:
     """A row's answer, or why there is none."""
+    params = config.decode.sampling_params(seed=config.seed)
     try:
-        output = llm.ask(document, question, config.decode.sampling_params(seed=config.seed))
+        output = llm.ask(document, asked["question"], params)
     except (InputError, RequestError, EngineDeadError) as error:
         if llm.is_dead:
             raise
-        return {"id": row_id, "question": question, "error": str(error)}
-    return {"id": row_id, "question": question, **_fields(output), "error": None}
+        return {**asked, "error": str(error)}
+    return {**asked, **_fields(output), "error": None}
 
 
 def _fields(output: RequestOutput) -> Answer:

@@ -19,6 +19,7 @@ Answer = dict[str, Any]
 TYPES = {
     "id": "string",
     "question": "string",
+    "source": "string",
     "text": "string",
     "finish_reason": "string",
     "method": "string",
@@ -31,6 +32,7 @@ TYPES = {
     "error": "string",
     "settings": "string",
 }
+_ASKED = ("question", "source")
 _BEGIN = b'{"id": '
 
 
@@ -51,23 +53,29 @@ class Journal:
             InputError: it cannot be written, is no output of a batch or of another one's settings,
                 or is being written by someone else.
         """
-        self._output = output
+        self._output, self._settings = output, settings
         self._lines = output if output.suffix == ".jsonl" else Path(f"{output}.jsonl")
         check_output(output)
         self._file = JsonLines(self._lines, output=output, writer="batch")
         try:
-            self._answers = self._recover(settings)
+            self._answers = self._recover()
         except BaseException:
             self._file.close()
             raise
 
-    def is_answered(self, row_id: str) -> bool:
-        """Whether that row has an answer; one that failed has not, and is tried again."""
-        return row_id in self._answers and self._answers[row_id]["error"] is None
+    def is_answered(self, asked: Answer) -> bool:
+        """Whether there is an answer with that `id`, and it is to that `question` and `source`.
+
+        A row that failed has none, and is tried again.
+        """
+        answer = self._answers.get(asked["id"])
+        if answer is None or answer["error"] is not None:
+            return False
+        return all(answer[name] == asked[name] for name in _ASKED)
 
     def add(self, answer: Answer) -> None:
         """Leaves the row on disk; fields that it has not got are null."""
-        answer = {name: answer.get(name) for name in TYPES}
+        answer = {name: answer.get(name) for name in TYPES} | {"settings": self._settings}
         self._file.append(answer)
         self._answers[answer["id"]] = answer
 
@@ -90,7 +98,7 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def _recover(self, settings: str) -> dict[str, Answer]:
+    def _recover(self) -> dict[str, Answer]:
         lines, begun = self._file.read()
         answers = [self._parse(line, number) for number, line in enumerate(lines, 1)]
         if not _BEGIN.startswith(begun[: len(_BEGIN)]):
@@ -98,10 +106,11 @@ class Journal:
         is_over = not answers and self._lines != self._output and self._output.exists()
         if is_over:  # an earlier batch, whose lines have become this file
             answers = _read_parquet(self._output)
-        if any(answer["settings"] != settings for answer in answers):
+        if any(answer["settings"] != self._settings for answer in answers):
             raise InputError(
-                f"output={self._output} holds answers given with another model or other settings: "
-                "choose another file or remove it"
+                f"output={self._output} holds answers given with another model or other settings "
+                "(such as the number of blocks, by default one per rank): choose another file or "
+                "remove it"
             )
         self._file.drop_begun()
         if is_over:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ IDS = ["a", "b", "c"]
 
 
 def answer(row_id: str, error: str | None = None, **fields: Any) -> dict[str, Any]:
-    return {"id": row_id, "question": "Q?", "error": error, "settings": "s", **fields}
+    return {"id": row_id, "question": "Q?", "source": f"{row_id}.txt", "error": error, **fields}
 
 
 def write_answers(output: Path, *answers: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def test_a_folder_gives_a_row_per_document_named_after_it(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert rows(tmp_path) == [
-        Row(name, path=tmp_path / name) for name in ("a/x.PDF", "b.txt", "c.md")
+        Row(name, path=tmp_path / name, source=name) for name in ("a/x.PDF", "b.txt", "c.md")
     ]
 
 
@@ -63,11 +64,13 @@ def test_lines_of_json_give_rows_and_a_bad_line_only_an_error(tmp_path: Path) ->
         '{"document": "' + "[" * 5 + '"}'
     )
     good, path, *bad, last = rows(tmp_path / "in.jsonl")
-    assert good == Row("7", "Why?", "text")
-    assert path == Row("2", path=tmp_path / "x.txt")
+    digest = "sha256:982d9e3eb996f559"
+    assert good == Row("7", "Why?", "text", source=digest)
+    assert path == Row("2", path=tmp_path / "x.txt", source="x.txt")
     assert [row.id for row in bad] == ["3", "4", "none", "6", "7"]
     assert all(row.error for row in bad)
-    assert last == Row("8", document="[" * 5)
+    assert (last.id, last.document) == ("8", "[" * 5)
+    assert last.source != digest
 
 
 def test_parquet_gives_the_rows_of_json_lines_also_from_a_folder(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_a_crash_at_any_byte_loses_only_the_row_being_written(
     output.write_bytes(data[:cut])
     whole = data[:cut].count(b"\n")
     journal = Journal(output, "s")
-    assert [journal.is_answered(str(idx)) for idx in range(len(texts))] == [
+    assert [journal.is_answered(answer(str(idx))) for idx in range(len(texts))] == [
         idx < whole for idx in range(len(texts))
     ]
     for idx in range(whole, len(texts)):
@@ -120,13 +123,13 @@ def test_a_failed_row_is_open_and_its_later_answer_takes_its_place(
     output = tmp_path / f"out.{suffix}"
     write_answers(output, answer("b"), answer("a", error="lost"))
     journal = Journal(output, "s")
-    assert journal.is_answered("b")
-    assert not journal.is_answered("a")
+    assert journal.is_answered(answer("b"))
+    assert not journal.is_answered(answer("a"))
     journal.add(answer("a", text="now", notes="n", context_tokens=5, prefill_s=0.5))
     journal.finish(["a", "b"])
     journal.close()
     again = Journal(output, "s")
-    assert all(again.is_answered(name) for name in "ab")
+    assert all(again.is_answered(answer(name)) for name in "ab")
     again.finish(["b"])  # a row that is no longer asked for keeps its answer
     again.close()
     if suffix == "parquet":
@@ -151,7 +154,7 @@ def test_names_and_questions_that_are_no_text_are_written_and_known_again(
     write_answers(output, answer(row.id), answer("other", question=question, error=question))
     for _ in range(2):
         journal = Journal(output, "s")
-        assert journal.is_answered(row.id)
+        assert journal.is_answered(answer(row.id))
         journal.finish([])
         journal.close()
 
@@ -166,6 +169,36 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, content: byte
     with pytest.raises(InputError, match="something else"):
         Journal(output, "s")
     assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_only_the_same_question_about_the_same_document_is_answered(
+    tmp_path: Path, suffix: str
+) -> None:
+    table, output = tmp_path / "in.jsonl", tmp_path / f"out.{suffix}"
+    config = compose_config(["model=tiny", "prompt=file"])
+    for name in ("x.txt", "y.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+
+    def ask(*columns: dict[str, str], question: str = "Q?") -> list[str]:
+        """The documents that such a batch reads."""
+        table.write_text("".join(json.dumps(row) + "\n" for row in columns))
+        with closing(Journal(output, "s")) as journal:
+            batch = _Batch(config, open_rows(str(table)), journal, question)
+            read = []
+            for row in batch.pending():
+                read.append(row["document"])
+                batch.record({**row["asked"], "text": "A.", "error": None})
+            assert batch.finish() == 0
+        return read
+
+    document, path, other = {"document": "abc"}, {"path": "x.txt"}, {"path": "y.txt"}
+    assert ask(document, path) == ["abc", "text of x.txt"]
+    assert ask(document, path) == []
+    assert ask(document, other) == ["text of y.txt"]
+    assert ask(other, document) == ["text of y.txt", "abc"]
+    assert ask(other, {**document, "question": "R?"}) == ["abc"]
+    assert ask(other, document, question="R?") == ["text of y.txt"]
 
 
 def test_answers_under_other_settings_are_not_mixed(tmp_path: Path) -> None:
@@ -186,11 +219,13 @@ def test_only_one_batch_writes_a_file(tmp_path: Path) -> None:
 
 def test_settings_that_change_answers_change_the_fingerprint() -> None:
     def of(*overrides: str) -> str:
-        return fingerprint(compose_config(["model=tiny", "prompt=file", *overrides]))
+        config = compose_config(["model=tiny", "prompt=file", *overrides])
+        return fingerprint(config, config.world_size or 1)
 
-    assert of() == of("world_size=4", "launcher=ray", "runtime.chunk_len=64", "prompt.max_pages=9")
+    assert of() == of("launcher=ray", "runtime.chunk_len=64", "prompt.max_pages=9")
+    assert of("num_blocks=4") == of("num_blocks=4", "world_size=4")
     changed = ["model.weights_seed=1", "method=star", "method.anchor_len=64", "seed=1"]
-    changed += ["decode.max_tokens=9", "drafter=none", "method/compressor=knorm"]
+    changed += ["decode.max_tokens=9", "drafter=none", "method/compressor=knorm", "world_size=4"]
     assert len({of(), *(of(one) for one in changed)}) == len(changed) + 1
 
 
@@ -205,10 +240,13 @@ def test_what_cannot_be_read_is_that_rows_error(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 11)
     (tmp_path / "fits.txt").write_text("x" * 10)
     config = compose_config(["model=tiny", "prompt=file", "prompt.max_bytes=10"])
-    journal = Journal(tmp_path / "out.jsonl", fingerprint(config))
+    journal = Journal(tmp_path / "out.jsonl", "s")
     batch = _Batch(config, open_rows(str(tmp_path / "in.jsonl")), journal, "Which?")
     asked = list(batch.pending())
-    assert [(row["row_id"], row["question"]) for row in asked] == [("a", "Which?"), ("d", "Own?")]
+    assert [(row["asked"]["id"], row["asked"]["question"]) for row in asked] == [
+        ("a", "Which?"),
+        ("d", "Own?"),
+    ]
     assert batch.finish() == 3
     journal.close()
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
