@@ -20,7 +20,7 @@ from apb.drain import EXIT_CODE, Terminated, draining
 from apb.errors import ApbError, EngineDeadError, InputError
 from apb.llm import LLM
 from apb.log import configure_logging, log_to_file
-from apb.output import RequestOutput, trace_paths
+from apb.output import RequestOutput, check_output, trace_paths
 from apb.paths import config_dir
 from apb.prompts.needle import NeedleCase, is_correct
 from apb.prompts.source import FileConfig, PromptText
@@ -102,9 +102,7 @@ def _answer() -> None:
         with draining(config.supervision.drain_s):
             output = llm.ask(prompt.document, prompt.question, params)
     if is_first:
-        _show(prompt, output)
-        for path in output.write(output_path):
-            _LOG.info("result in %s", path)
+        _deliver(prompt, output, output_path)
 
 
 def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
@@ -119,12 +117,20 @@ def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
 def _output_path(config: RunConfig, folder: Path) -> Path:
     if config.output is None:
         return folder / "result.json"
-    path = Path(config.output).absolute()
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"output={config.output} is no file in an existing folder")
+    check_output(config.output)
     if config.trace:
         trace_paths(Path(config.output))
-    return path
+    return Path(config.output).absolute()
+
+
+def _deliver(prompt: PromptText, output: RequestOutput, path: Path) -> None:
+    """To the file and to stdout, the one also where the other fails."""
+    try:
+        written = output.write(path)
+    finally:
+        _show(prompt, output)
+    for file in written:
+        _LOG.info("result in %s", file)
 
 
 def _show(prompt: PromptText, output: RequestOutput) -> None:

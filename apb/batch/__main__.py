@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from apb.batch.journal import Answer, Journal, check_output
+from apb.batch.journal import Answer, Journal, check_answers
 from apb.batch.rows import Row, Rows, open_rows
 from apb.config import RunConfig, compose_config
 from apb.errors import ApbError, EngineDeadError, InputError, RequestError
@@ -60,7 +60,7 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
             for row in llm.shared(unread):
                 _answer(llm, config, **row)
             return 0
-        check_output(Path(output))
+        check_answers(Path(output))
         rows = open_rows(source)
         settings = fingerprint(config, llm.world_size)
         with closing(Journal(Path(output), settings)) as journal:

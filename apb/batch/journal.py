@@ -13,6 +13,7 @@ from typing import IO, Any
 from apb.errors import InputError
 from apb.files import written_whole
 from apb.json_lines import JsonLines, encode_line, escaped
+from apb.output import check_output
 
 Answer = dict[str, Any]
 """A row of output, with the fields of `TYPES`; an error and an answer exclude each other."""
@@ -55,7 +56,7 @@ class Journal:
         """
         self._output, self._settings = output, settings
         self._lines = output if output.suffix == ".jsonl" else Path(f"{output}.jsonl")
-        check_output(output)
+        check_answers(output)
         self._file = JsonLines(self._lines, output=output, writer="batch")
         try:
             self._answers = self._recover()
@@ -129,12 +130,11 @@ class Journal:
         return answer
 
 
-def check_output(output: Path) -> None:
+def check_answers(output: Path) -> None:
     """Raises InputError unless a batch can write there."""
     if output.suffix not in (".jsonl", ".parquet"):
         raise InputError(f"output={output} must end in .jsonl or .parquet")
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"output={output} is no file in an existing folder")
+    check_output(output)
     if output.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise InputError("Parquet needs one more package: pip install 'apb[parquet]'")
 
