@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ FREE_TEXT = (
     *("method.layer_budgets", "method.compressor.heads"),
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
+_LONGEST_S = 1e9
+"""Whoever can wait for 30 years needs no limit."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,8 +102,10 @@ class AuditConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"audit.{name}={getattr(self, name)} must be at least 1")
         if self.max_error is not None:
-            if self.max_error < 0:
-                raise InputError(f"audit.max_error={self.max_error} must not be negative")
+            if not 0 <= self.max_error < math.inf:
+                raise InputError(
+                    f"audit.max_error={self.max_error} must be finite and not negative"
+                )
             self.enabled = True
 
     def sample(self) -> AuditSample:
@@ -157,8 +162,8 @@ class RunConfig:
         _check_choice("on_rank_loss", self.on_rank_loss, ("fail", "degrade"))
         if self.on_rank_loss == "degrade" and self.on_failure == "stop":
             raise InputError("on_rank_loss=degrade needs on_failure=restart: ranks start again")
-        if self.request_timeout_s is not None and self.request_timeout_s <= 0:
-            raise InputError(f"request_timeout_s={self.request_timeout_s} must be positive")
+        if self.request_timeout_s is not None:
+            check_timeout("request_timeout_s", self.request_timeout_s)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         for name in ("num_blocks", "world_size"):
@@ -276,6 +281,12 @@ def to_run_config(config: DictConfig) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(config))
     except (OmegaConfBaseException, AttributeError) as error:
         raise InputError(one_sentence(error)) from error
+
+
+def check_timeout(name: str, value: object) -> None:
+    """Raises InputError unless that is a positive number of seconds. NaN is none."""
+    if not isinstance(value, int | float) or not 0 < value < _LONGEST_S:
+        raise InputError(f"{name}={value!r} must be a positive number of seconds")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from apb.config import compose_config, model_names, quoted
+from apb.config import check_timeout, compose_config, model_names, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.opening import open_session
@@ -19,8 +19,6 @@ from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
 T = TypeVar("T")
-_LONGEST_S = 1e9
-"""Whoever can wait for 30 years needs no limit."""
 Tokens = str | Sequence[int]
 """Text, or token ids of the model's tokenizer."""
 
@@ -216,8 +214,7 @@ class LLM:
         timeout_s = self.config.request_timeout_s if timeout_s is None else timeout_s
         if timeout_s is None:
             return {}
-        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < _LONGEST_S:
-            raise InputError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
+        check_timeout("timeout_s", timeout_s)
         return {"timeout_s": timeout_s}
 
     @contextmanager

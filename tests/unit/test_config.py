@@ -164,6 +164,11 @@ def test_whole_share_stays_a_share() -> None:
         ([MODEL, "decode.stop=3"], "stop"),
         ([MODEL, "num_blocks=0"], "num_blocks=0 must be at least 1"),
         ([MODEL, "world_size=0"], "world_size=0 must be at least 1"),
+        *(
+            ([MODEL, f"{name}={value}"], f"{name}={value} must be")
+            for name in ("request_timeout_s", "supervision.layer_s", "audit.max_error")
+            for value in ("nan", "inf", "-1.0")
+        ),
         ([MODEL, "dtype=int3"], "dtype=int3 must be one of"),
         ([MODEL, "device=tpu"], "device=tpu must be one of"),
         (
@@ -173,6 +178,7 @@ def test_whole_share_stays_a_share() -> None:
         ([MODEL, "decode.top_p=0"], "top_p"),
         ([MODEL, "decode.max_tokens=0"], "max_tokens"),
         ([MODEL, "method.passing_len=1.5"], "passing_len=1.5"),
+        ([MODEL, "method.passing_len=nan"], "passing_len=nan"),
         ([MODEL, "method.anchor_len=-1"], "anchor_len=-1"),
         ([MODEL, "method.min_block_len=0"], "min_block_len=0"),
         ([MODEL, "method/compressor=window", "method.compressor.kernel=4"], "kernel=4"),
