@@ -14,9 +14,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from tqdm import tqdm
 
 from apb.batch.journal import Answer, Journal, check_answers
 from apb.batch.rows import Row, Rows, open_rows
+from apb.command import exit_code
 from apb.config import RunConfig, compose_config
-from apb.errors import ApbError, EngineDeadError, InputError, RequestError
+from apb.drain import Terminated, draining
+from apb.errors import EngineDeadError, InputError, RequestError
 from apb.llm import LLM
-from apb.log import configure_logging
 from apb.output import RequestOutput
 from apb.prompts.source import FileConfig
 
@@ -56,17 +58,21 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
         raise InputError("trace=true traces one answer: ask for it with apb.run, or drop it")
     with closing(LLM.from_overrides(overrides)) as llm:
         if os.environ.get("RANK", "0") != "0":  # of a torchrun gang: rank 0 reads and writes
-            unread: Iterator[dict[str, Any]] = iter(())
-            for row in llm.shared(unread):
-                _answer(llm, config, **row)
+            llm.start()
+            with draining(config.supervision.drain_s):
+                unread: Iterator[dict[str, Any]] = iter(())
+                for row in llm.shared(unread):
+                    _answer(llm, config, **row)
             return 0
         check_answers(Path(output))
         rows = open_rows(source)
         settings = fingerprint(config, llm.world_size)
         with closing(Journal(Path(output), settings)) as journal:
             batch = _Batch(config, rows, journal, question)
-            for row in llm.shared(batch.pending()):
-                batch.record(_answer(llm, config, **row))
+            llm.start()
+            with draining(config.supervision.drain_s) as is_ending:
+                for row in llm.shared(batch.pending(is_ending)):
+                    batch.record(_answer(llm, config, **row))
             return batch.finish()
 
 
@@ -94,12 +100,16 @@ class _Batch:
     ) -> None:
         self._config, self._rows, self._journal, self._question = config, rows, journal, question
         self._order: dict[str, None] = {}
+        self._is_cut = False
         self._counts = {"answered": 0, "failed": 0, "kept": 0}
         self._bar: tqdm[Any] = tqdm(total=rows.total, desc="rows", disable=None)
 
-    def pending(self) -> Iterator[dict[str, Any]]:
+    def pending(self, is_ending: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """Rows to ask about, their documents read; those that cannot be read fail here."""
         for row in self._rows.read():
+            if is_ending():
+                self._is_cut = True  # ranks without a driver have to hear of the end as usual
+                return
             if row.id in self._order:
                 row = row._replace(id=f"{row.id} (again)", error=f"id {row.id} occurs twice")
             self._order[row.id] = None
@@ -138,6 +148,13 @@ class _Batch:
         self._bar.update()
 
     def finish(self) -> int:
+        """Leaves the output in order; returns how many rows failed.
+
+        Raises:
+            Terminated: the batch was told to end before its last row.
+        """
+        if self._is_cut:
+            raise Terminated
         self._journal.finish(self._order)
         self._bar.close()
         counts = self._counts
@@ -178,22 +195,17 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"}.intersection(arguments):
         print(__doc__)  # noqa: T201
         return 0
-    rank, world_size = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE")
-    configure_logging(rank, None if world_size is None else int(world_size))
-    try:
-        values, overrides = _parse(arguments)
-        failed = run(
-            overrides,
-            source=values["input"],
-            output=values["output"],
-            question=values.get("question"),
-        )
-    except ApbError as error:
-        if rank == 0 or not isinstance(error, InputError):
-            print(f"apb.batch: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return exit_code("apb.batch", partial(_run, arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    values, overrides = _parse(arguments)
+    failed = run(
+        overrides,
+        source=values["input"],
+        output=values["output"],
+        question=values.get("question"),
+    )
     return 1 if failed else 0
 
 

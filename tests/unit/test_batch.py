@@ -186,7 +186,7 @@ def test_only_the_same_question_about_the_same_document_is_answered(
         with closing(Journal(output, "s")) as journal:
             batch = _Batch(config, open_rows(str(table)), journal, question)
             read = []
-            for row in batch.pending():
+            for row in batch.pending(bool):
                 read.append(row["document"])
                 batch.record({**row["asked"], "text": "A.", "error": None})
             assert batch.finish() == 0
@@ -242,7 +242,7 @@ def test_what_cannot_be_read_is_that_rows_error(tmp_path: Path) -> None:
     config = compose_config(["model=tiny", "prompt=file", "prompt.max_bytes=10"])
     journal = Journal(tmp_path / "out.jsonl", "s")
     batch = _Batch(config, open_rows(str(tmp_path / "in.jsonl")), journal, "Which?")
-    asked = list(batch.pending())
+    asked = list(batch.pending(bool))
     assert [(row["asked"]["id"], row["asked"]["question"]) for row in asked] == [
         ("a", "Which?"),
         ("d", "Own?"),
