@@ -224,7 +224,7 @@ def normalised(overrides: Sequence[str]) -> list[str]:
 
 
 _IN_GRAMMAR = "++"
-"""To Hydra: a setting whether it is there or not. It is no part of a key of `FREE_TEXT`."""
+"""Marks text that is quoted. Hydra reads it as "whether the setting is there or not"."""
 
 
 def quoted(text: str) -> str:

@@ -19,7 +19,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, or is there and no file.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is there and no file", str(path))
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

@@ -172,7 +172,7 @@ def trace_paths(path: Path) -> tuple[Path, Path]:
 
 def check_output(output: str | Path) -> None:
     """Raises InputError unless that is a file, or may become one."""
-    path = Path(output).resolve()
+    path = Path(os.path.realpath(output))  # `resolve` raises where links form a circle
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"output={output} is no file in an existing folder")
     if path.exists() and not path.is_file():
