@@ -105,21 +105,35 @@ class _Batch:
         self._bar: tqdm[Any] = tqdm(total=rows.total, desc="rows", disable=None)
 
     def pending(self, is_ending: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """Rows to ask about, their documents read; those that cannot be read fail here."""
+        """Rows to ask about, their documents read; those that cannot be read fail here.
+
+        Rows that failed before come last: those that end the ranks may use up the restarts.
+        """
+        failed = self._journal.failed()
+        for is_retry in (False, True) if failed else (False,):
+            for row in self._distinct():
+                if is_ending():
+                    self._is_cut = True  # ranks without a driver have to hear of the end as usual
+                    return
+                self._order[row.id] = None
+                if (row.id in failed) != is_retry:
+                    continue
+                if self._journal.is_answered(self._asked(row)):
+                    self._count("kept")
+                    continue
+                try:
+                    yield self._read(row)
+                except InputError as error:
+                    self.record({**self._asked(row), "error": str(error)})
+
+    def _distinct(self) -> Iterator[Row]:
+        """The rows of the input; one with the id of another is an error."""
+        seen: set[str] = set()
         for row in self._rows.read():
-            if is_ending():
-                self._is_cut = True  # ranks without a driver have to hear of the end as usual
-                return
-            if row.id in self._order:
+            if row.id in seen:
                 row = row._replace(id=f"{row.id} (again)", error=f"id {row.id} occurs twice")
-            self._order[row.id] = None
-            if self._journal.is_answered(self._asked(row)):
-                self._count("kept")
-                continue
-            try:
-                yield self._read(row)
-            except InputError as error:
-                self.record({**self._asked(row), "error": str(error)})
+            seen.add(row.id)
+            yield row
 
     def _asked(self, row: Row) -> Answer:
         question = row.question or self._question

@@ -74,6 +74,10 @@ class Journal:
             return False
         return all(answer[name] == asked[name] for name in _ASKED)
 
+    def failed(self) -> frozenset[str]:
+        """The ids of rows that have an error and no answer."""
+        return frozenset(name for name, row in self._answers.items() if row["error"] is not None)
+
     def add(self, answer: Answer) -> None:
         """Leaves the row on disk; fields that it has not got are null."""
         answer = {name: answer.get(name) for name in TYPES} | {"settings": self._settings}

@@ -256,6 +256,23 @@ def test_what_cannot_be_read_is_that_rows_error(tmp_path: Path) -> None:
     assert "prompt.max_bytes=10" in errors["c"]
 
 
+def test_rows_that_failed_before_come_last_and_the_output_keeps_the_order(tmp_path: Path) -> None:
+    table, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    table.write_text("".join(json.dumps({"id": row, "document": row}) + "\n" for row in "abcda"))
+    config = compose_config(["model=tiny", "prompt=file"])
+    write_answers(output, answer("a", error="lost"), answer("c", error="lost"))
+    with closing(Journal(output, "s")) as journal:
+        batch = _Batch(config, open_rows(str(table)), journal, "Which?")
+        asked = []
+        for row in batch.pending(bool):
+            asked.append(row["document"])
+            batch.record({**row["asked"], "error": "lost" if row["document"] == "c" else None})
+        assert asked == ["b", "d", "a", "c"]
+        assert batch.finish() == 2
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a", "b", "c", "d", "a (again)"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
