@@ -103,9 +103,7 @@ class AuditConfig:
                 raise InputError(f"audit.{name}={getattr(self, name)} must be at least 1")
         if self.max_error is not None:
             if not 0 <= self.max_error < math.inf:
-                raise InputError(
-                    f"audit.max_error={self.max_error} must be finite and not negative"
-                )
+                raise InputError(f"audit.max_error={self.max_error} must be finite, from 0 on")
             self.enabled = True
 
     def sample(self) -> AuditSample:
