@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,11 +36,14 @@ from apb.supervision import SupervisionConfig
 APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = (
-    *("prompt.document", "prompt.query", "model.path", "model.sha256", "model.drafting"),
-    *("output", "drafter.head", "drafter.vocabulary", "drafter.model"),
+    *("prompt.document", "prompt.query", "output"),
+    *("model.name", "model.path", "model.sha256", "model.drafting"),
+    *("drafter.head", "drafter.vocabulary", "drafter.model"),
     *("method.layer_budgets", "method.compressor.heads"),
 )
 """Settings whose value is text to the letter: a comma in a question is no sweep."""
+_LONGEST_S = 1e9
+"""Whoever can wait for 30 years needs no limit."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,8 +102,8 @@ class AuditConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"audit.{name}={getattr(self, name)} must be at least 1")
         if self.max_error is not None:
-            if self.max_error < 0:
-                raise InputError(f"audit.max_error={self.max_error} must not be negative")
+            if not 0 <= self.max_error < math.inf:
+                raise InputError(f"audit.max_error={self.max_error} must be finite, from 0 on")
             self.enabled = True
 
     def sample(self) -> AuditSample:
@@ -156,8 +160,8 @@ class RunConfig:
         _check_choice("on_rank_loss", self.on_rank_loss, ("fail", "degrade"))
         if self.on_rank_loss == "degrade" and self.on_failure == "stop":
             raise InputError("on_rank_loss=degrade needs on_failure=restart: ranks start again")
-        if self.request_timeout_s is not None and self.request_timeout_s <= 0:
-            raise InputError(f"request_timeout_s={self.request_timeout_s} must be positive")
+        if self.request_timeout_s is not None:
+            check_timeout("request_timeout_s", self.request_timeout_s)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed} must lie between 0 and 2**63 - 1")
         for name in ("num_blocks", "world_size"):
@@ -202,24 +206,28 @@ def model_names() -> list[str]:
 
 
 def normalised(overrides: Sequence[str]) -> list[str]:
-    """Overrides as Hydra's grammar wants them: ``model=x`` becomes ``+model=x``, text is quoted."""
+    """Overrides as Hydra's grammar wants them: ``model=x`` becomes ``+model=x``, text is quoted.
+
+    A plus before the key says so: whatever has one stays as it is, also what this has returned.
+    """
     result = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if key == "audit" and equals:
             override = f"audit.enabled={value}"
-        if key in FREE_TEXT and equals and not _QUOTED.fullmatch(value):
-            override = f"{key}={quoted(value)}"
+        if key in FREE_TEXT and equals:
+            override = f"{_IN_GRAMMAR}{key}={quoted(value)}"
         result.append(f"+{override}" if key in APPEND_ONLY else override)
     return result
 
 
-_QUOTED = re.compile(r"""'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", re.DOTALL)
+_IN_GRAMMAR = "++"
+"""Marks text that is quoted. Hydra reads it as "whether the setting is there or not"."""
 
 
 def quoted(text: str) -> str:
-    """A string to the letter in Hydra's override grammar."""
-    literal = text.replace("${", "\\${")
+    """A string to the letter in Hydra's override grammar, also after OmegaConf has resolved it."""
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     return QuotedString(literal, Quote.single).with_quotes()
 
 
@@ -228,15 +236,17 @@ _COMPOSE_LOCK = threading.Lock()
 
 
 def compose_config(overrides: Sequence[str]) -> RunConfig:
-    """The configuration that `overrides` describe.
+    """The configuration that `overrides` describe, as users write them or `normalised`.
 
     Raises:
         InputError: an unknown key, a wrong type, a value out of range, or no model.
     """
     register_configs()
+    # Without the plusses a text that does not apply is refused with the settings that do.
+    words = [override.removeprefix(_IN_GRAMMAR) for override in normalised(overrides)]
     with _COMPOSE_LOCK, _own_hydra():
         try:
-            config = compose("run", normalised(overrides))
+            config = compose("run", words)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise InputError(one_sentence(error)) from error
     return to_run_config(config)
@@ -269,6 +279,12 @@ def to_run_config(config: DictConfig) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(config))
     except (OmegaConfBaseException, AttributeError) as error:
         raise InputError(one_sentence(error)) from error
+
+
+def check_timeout(name: str, value: object) -> None:
+    """Raises InputError unless that is a positive number of seconds. NaN is none."""
+    if not isinstance(value, int | float) or not 0 < value < _LONGEST_S:
+        raise InputError(f"{name}={value!r} must be a positive number of seconds")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

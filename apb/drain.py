@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,14 +23,19 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def draining(drain_s: float) -> Iterator[None]:
+def draining(drain_s: float) -> Iterator[Callable[[], bool]]:
     """Within, SIGTERM leaves `drain_s` seconds; then `Terminated` is raised in the main thread.
+
+    Gives what says whether SIGTERM has come, for those who could begin something else.
 
     Python runs signal handlers in the main thread only, and not while that is stuck in a
     collective: a second thread, which the interpreter wakes in any case, then ends the process.
     """
 
+    is_ending = threading.Event()
+
     def begin(number: int, frame: FrameType | None) -> None:
+        is_ending.set()
         signal.setitimer(signal.ITIMER_REAL, drain_s)
         _LOG.info("SIGTERM: the running request has %g s to finish", drain_s)
 
@@ -44,7 +49,7 @@ def draining(drain_s: float) -> Iterator[None]:
     woken_before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_backstop, args=(ours, drain_s + _BACKSTOP_S), daemon=True).start()
     try:
-        yield
+        yield is_ending.is_set
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(woken_before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,15 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place at the end of the block.
 
-    If the block raises, `path` is as it was. Nobody ever reads half of what is written.
+    If the block raises, `path` is as it was. Nobody ever reads half of what is written. A link
+    stays: what it names is replaced.
+
+    Raises:
+        OSError: it cannot be written, or is there and no file.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and no file", str(path))
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield scratch

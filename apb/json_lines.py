@@ -30,7 +30,12 @@ class Lines(NamedTuple):
 
 
 def encode_line(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return escaped(json.dumps(value, ensure_ascii=False)).encode() + b"\n"
+
+
+def escaped(text: str) -> str:
+    """Text with JSON's escapes for lone surrogates, as in a file's name that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class JsonLines:

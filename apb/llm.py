@@ -11,7 +11,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from apb.config import compose_config, model_names, quoted
+from apb.config import check_timeout, compose_config, model_names, quoted
 from apb.errors import InputError, RequestError
 from apb.launchers.base import Session
 from apb.launchers.opening import open_session
@@ -19,8 +19,6 @@ from apb.output import Divergence, Likelihood, RequestOutput
 from apb.sampling import SamplingParams
 
 T = TypeVar("T")
-_LONGEST_S = 1e9
-"""Whoever can wait for 30 years needs no limit."""
 Tokens = str | Sequence[int]
 """Text, or token ids of the model's tokenizer."""
 
@@ -81,6 +79,16 @@ class LLM:
         """Start the ranks if they are not there yet, as the first request would."""
         if self._opened is None:
             self._opened = open_session(self.config, lambda: self._overrides)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the ranks are gone and no others have been started in their place."""
+        return self._opened is not None and self._opened.failure() is not None
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are, or were before the first was lost."""
+        return self.config.world_size or self._session.world_size
 
     @property
     def _session(self) -> Session:
@@ -206,8 +214,7 @@ class LLM:
         timeout_s = self.config.request_timeout_s if timeout_s is None else timeout_s
         if timeout_s is None:
             return {}
-        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < _LONGEST_S:
-            raise InputError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
+        check_timeout("timeout_s", timeout_s)
         return {"timeout_s": timeout_s}
 
     @contextmanager
@@ -233,11 +240,7 @@ def _model_overrides(model: str) -> list[str]:
             f"model is empty: give a name ({', '.join(model_names())}), a path or a Hub id"
         )
     path = os.path.abspath(model) if os.path.exists(model) else model
-    return [
-        "model=custom",
-        f"model.path={quoted(path)}",
-        f"model.name={quoted(os.path.basename(path))}",
-    ]
+    return ["model=custom", f"model.path={path}", f"model.name={os.path.basename(path)}"]
 
 
 def _override_value(value: str | float | bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +168,17 @@ def trace_paths(path: Path) -> tuple[Path, Path]:
             f"output={path} is where trace=true puts its report: call the result NAME.json"
         )
     return events, page
+
+
+def check_output(output: str | Path) -> None:
+    """Raises InputError unless that is a file, or may become one."""
+    path = Path(os.path.realpath(output))  # `resolve` raises where links form a circle
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"output={output} is no file in an existing folder")
+    if path.exists() and not path.is_file():
+        raise InputError(f"output={output} is a device or a pipe: name a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"output={output} is in a folder that may not be written to")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

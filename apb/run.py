@@ -13,14 +13,18 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from apb.command import exit_code
 from apb.config import RunConfig, compose_config, normalised, register_configs
-from apb.drain import EXIT_CODE, Terminated, draining
-from apb.errors import ApbError, EngineDeadError, InputError
+from apb.config_errors import one_sentence
+from apb.drain import draining
+from apb.errors import InputError
 from apb.llm import LLM
-from apb.log import configure_logging, log_to_file
-from apb.output import RequestOutput, trace_paths
+from apb.log import log_to_file
+from apb.output import RequestOutput, check_output, trace_paths
 from apb.paths import config_dir
 from apb.prompts.needle import NeedleCase, is_correct
 from apb.prompts.source import FileConfig, PromptText
@@ -33,60 +37,51 @@ _FOLLOWER_OVERRIDES = ("hydra.run.dir=.", "hydra.output_subdir=null")
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    overrides = normalised(arguments)
-    world_size = os.environ.get("WORLD_SIZE")
-    configure_logging(rank, None if world_size is None else int(world_size))
-    try:
-        if not any(argument.startswith("-") for argument in arguments):
-            compose_config(overrides)
-        _run_hydra(overrides, rank)
-    except ApbError as error:
-        _report(error, rank)
-        if isinstance(error, EngineDeadError) and error.is_told:
-            os._exit(error.exit_code)  # an orderly end could wait for ranks that are gone
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except Terminated:
-        print("apb: ended by SIGTERM before there was an answer", file=sys.stderr)  # noqa: T201
-        return EXIT_CODE
+    return exit_code("apb", partial(_run, normalised(arguments)))
+
+
+def _run(overrides: Sequence[str]) -> int:
+    if not any(override.startswith("-") for override in overrides):
+        compose_config(overrides)
+    _run_hydra(overrides)
     return 0
 
 
-def _report(error: ApbError, rank: int) -> None:
-    """One sentence and, of a rank that hung or failed, its stack; each of them once."""
-    if isinstance(error, EngineDeadError) and error.is_told:
-        return
-    # Bad input is found by every rank alike.
-    if rank == 0 or not isinstance(error, InputError):
-        who = f"apb: rank {rank}" if rank else "apb"
-        lines = [f"{who}: {error}", *getattr(error, "__notes__", ())]
-        print("\n".join(lines), file=sys.stderr)  # noqa: T201
-
-
-def _run_hydra(overrides: list[str], rank: int) -> None:
+def _run_hydra(overrides: Sequence[str]) -> None:
     """Let Hydra make the output folder and serve ``--help``, ``--cfg job`` and the like."""
     register_configs()
-    sys.argv[1:] = [*overrides, *(_FOLLOWER_OVERRIDES if rank else ())]
-    errors: list[ApbError] = []
+    sys.argv[1:] = [*overrides, *(() if _is_first() else _FOLLOWER_OVERRIDES)]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing reports
+    errors: list[Exception] = []
 
     def job(_: DictConfig) -> None:
         try:
             _answer()
-        except ApbError as error:  # Hydra would print a report of its own around it
+        except Exception as error:  # told apart from what Hydra raises
             errors.append(error)
 
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")(job)()
+    except OSError as error:
+        raise InputError(
+            f"the folder of this run, {error.filename}, cannot be made ({error.strerror}): set "
+            "hydra.run.dir to one that can"
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(one_sentence(error)) from error
     if errors:
         raise errors[0]
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _answer() -> None:
     """Load the prompt, ask, and show and save the answer."""
     job = HydraConfig.get()
     overrides = list(job.overrides.task)
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = _is_first()
     folder = Path(job.runtime.output_dir)
     if is_first:
         log_to_file(folder / "run.log")
@@ -102,9 +97,7 @@ def _answer() -> None:
         with draining(config.supervision.drain_s):
             output = llm.ask(prompt.document, prompt.question, params)
     if is_first:
-        _show(prompt, output)
-        for path in output.write(output_path):
-            _LOG.info("result in %s", path)
+        _deliver(prompt, output, output_path)
 
 
 def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
@@ -119,12 +112,20 @@ def _prompt(llm: LLM, config: RunConfig, *, is_first: bool) -> PromptText:
 def _output_path(config: RunConfig, folder: Path) -> Path:
     if config.output is None:
         return folder / "result.json"
-    path = Path(config.output).absolute()
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"output={config.output} is no file in an existing folder")
+    check_output(config.output)
     if config.trace:
         trace_paths(Path(config.output))
-    return path
+    return Path(config.output).absolute()
+
+
+def _deliver(prompt: PromptText, output: RequestOutput, path: Path) -> None:
+    """To the file and to stdout, the one also where the other fails."""
+    try:
+        written = output.write(path)
+    finally:
+        _show(prompt, output)
+    for file in written:
+        _LOG.info("result in %s", file)
 
 
 def _show(prompt: PromptText, output: RequestOutput) -> None:

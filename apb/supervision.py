@@ -47,8 +47,8 @@ class SupervisionConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "restarts" else 0.1
-            if value < least:
-                raise InputError(f"supervision.{field.name}={value} must be at least {least}")
+            if not least <= value <= 1e9:  # so is NaN
+                raise InputError(f"supervision.{field.name}={value} must be {least} to 1e9")
 
     def budget(self, beat: Beat) -> tuple[str, float]:
         """The setting that bounds what a rank does, and the seconds that it grants here."""

@@ -14,20 +14,22 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from apb.batch.journal import Answer, Journal, check_output
+from apb.batch.journal import Answer, Journal, check_answers
 from apb.batch.rows import Row, Rows, open_rows
-from apb.config import RunConfig, compose_config, normalised
-from apb.errors import ApbError, InputError, RequestError
+from apb.command import exit_code
+from apb.config import RunConfig, compose_config
+from apb.drain import Terminated, draining
+from apb.errors import EngineDeadError, InputError, RequestError
 from apb.llm import LLM
-from apb.log import configure_logging
 from apb.output import RequestOutput
 from apb.prompts.source import FileConfig
 
@@ -46,7 +48,7 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
 
     Raises:
         InputError: a setting, `source` or `output` that cannot work, before a model is loaded.
-        EngineDeadError: the ranks are gone; finished rows are on disk.
+        EngineDeadError: the ranks are gone and no others follow; finished rows are on disk.
     """
     overrides = [*_SETTINGS, *overrides]
     config = compose_config(overrides)
@@ -56,24 +58,34 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
         raise InputError("trace=true traces one answer: ask for it with apb.run, or drop it")
     with closing(LLM.from_overrides(overrides)) as llm:
         if os.environ.get("RANK", "0") != "0":  # of a torchrun gang: rank 0 reads and writes
-            unread: Iterator[dict[str, str]] = iter(())
-            for row in llm.shared(unread):
-                _answer(llm, config, **row)
+            llm.start()
+            with draining(config.supervision.drain_s):
+                unread: Iterator[dict[str, Any]] = iter(())
+                for row in llm.shared(unread):
+                    _answer(llm, config, **row)
             return 0
-        check_output(Path(output))
+        check_answers(Path(output))
         rows = open_rows(source)
-        with closing(Journal(Path(output), fingerprint(config))) as journal:
+        settings = fingerprint(config, llm.world_size)
+        with closing(Journal(Path(output), settings)) as journal:
             batch = _Batch(config, rows, journal, question)
-            for row in llm.shared(batch.pending()):
-                batch.record(_answer(llm, config, **row))
+            llm.start()
+            with draining(config.supervision.drain_s) as is_ending:
+                for row in llm.shared(batch.pending(is_ending)):
+                    batch.record(_answer(llm, config, **row))
             return batch.finish()
 
 
-def fingerprint(config: RunConfig) -> str:
-    """Of the settings that answers depend on; where the ranks are, and for how long, is not."""
+def fingerprint(config: RunConfig, world_size: int) -> str:
+    """Of the settings that answers depend on; where the ranks are, and for how long, is not.
+
+    Question and document are not either: they stand in the answers (see `Journal.is_answered`).
+    """
     settings = {
         name: value for name, value in asdict(config).items() if name not in _WITHOUT_EFFECT
     }
+    if config.num_blocks is None:  # so that it is one per rank
+        settings["world_size"] = world_size
     # The kind of a plug-in is its class, which `asdict` drops.
     kinds = [type(getattr(config, name)).__name__ for name in ("method", "drafter", "backend")]
     encoded = json.dumps([settings, kinds], sort_keys=True, default=str).encode()
@@ -87,42 +99,62 @@ class _Batch:
         self, config: RunConfig, rows: Rows, journal: Journal, question: str | None
     ) -> None:
         self._config, self._rows, self._journal, self._question = config, rows, journal, question
-        self._settings = fingerprint(config)
         self._order: dict[str, None] = {}
+        self._is_cut = False
         self._counts = {"answered": 0, "failed": 0, "kept": 0}
         self._bar: tqdm[Any] = tqdm(total=rows.total, desc="rows", disable=None)
 
-    def pending(self) -> Iterator[dict[str, str]]:
-        """Rows to ask about, their documents read; those that cannot be read fail here."""
-        for row in self._rows.read():
-            if row.id in self._order:
-                row = row._replace(id=f"{row.id} (again)", error=f"id {row.id} occurs twice")
-            self._order[row.id] = None
-            if self._journal.is_answered(row.id):
-                self._count("kept")
-                continue
-            try:
-                yield self._read(row)
-            except InputError as error:
-                question = row.question or self._question
-                self.record({"id": row.id, "question": question, "error": str(error)})
+    def pending(self, is_ending: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Rows to ask about, their documents read; those that cannot be read fail here.
 
-    def _read(self, row: Row) -> dict[str, str]:
+        Rows that failed before come last: those that end the ranks may use up the restarts.
+        """
+        failed = self._journal.failed()
+        for is_retry in (False, True) if failed else (False,):
+            for row in self._distinct():
+                if is_ending():
+                    self._is_cut = True  # ranks without a driver have to hear of the end as usual
+                    return
+                self._order[row.id] = None
+                if (row.id in failed) != is_retry:
+                    continue
+                if self._journal.is_answered(self._asked(row)):
+                    self._count("kept")
+                    continue
+                try:
+                    yield self._read(row)
+                except InputError as error:
+                    self.record({**self._asked(row), "error": str(error)})
+
+    def _distinct(self) -> Iterator[Row]:
+        """The rows of the input; one with the id of another is an error."""
+        seen: set[str] = set()
+        for row in self._rows.read():
+            if row.id in seen:
+                row = row._replace(id=f"{row.id} (again)", error=f"id {row.id} occurs twice")
+            seen.add(row.id)
+            yield row
+
+    def _asked(self, row: Row) -> Answer:
+        question = row.question or self._question
+        return {"id": row.id, "question": question, "source": row.source}
+
+    def _read(self, row: Row) -> Answer:
+        asked = self._asked(row)
         if row.error is not None:
             raise InputError(row.error)
-        question = row.question or self._question
-        if not question:
+        if not asked["question"]:
             raise InputError("the row has no question: add a column or give question=")
         document = row.document
         if document is None:
             prompt = self._config.prompt
             assert isinstance(prompt, FileConfig)
             document = prompt.read(row.path or Path())
-        return {"row_id": row.id, "question": question, "document": document}
+        return {"asked": asked, "document": document}
 
     def record(self, answer: Answer) -> None:
         """Write a row of output."""
-        self._journal.add({**answer, "settings": self._settings})
+        self._journal.add(answer)
         self._count("answered" if answer["error"] is None else "failed")
 
     def _count(self, what: str) -> None:
@@ -130,6 +162,13 @@ class _Batch:
         self._bar.update()
 
     def finish(self) -> int:
+        """Leaves the output in order; returns how many rows failed.
+
+        Raises:
+            Terminated: the batch was told to end before its last row.
+        """
+        if self._is_cut:
+            raise Terminated
         self._journal.finish(self._order)
         self._bar.close()
         counts = self._counts
@@ -138,13 +177,16 @@ class _Batch:
         return counts["failed"]
 
 
-def _answer(llm: LLM, config: RunConfig, *, row_id: str, question: str, document: str) -> Answer:
+def _answer(llm: LLM, config: RunConfig, *, asked: Answer, document: str) -> Answer:
     """A row's answer, or why there is none."""
+    params = config.decode.sampling_params(seed=config.seed)
     try:
-        output = llm.ask(document, question, config.decode.sampling_params(seed=config.seed))
-    except (InputError, RequestError) as error:
-        return {"id": row_id, "question": question, "error": str(error)}
-    return {"id": row_id, "question": question, **_fields(output), "error": None}
+        output = llm.ask(document, asked["question"], params)
+    except (InputError, RequestError, EngineDeadError) as error:
+        if llm.is_dead:
+            raise
+        return {**asked, "error": str(error)}
+    return {**asked, **_fields(output), "error": None}
 
 
 def _fields(output: RequestOutput) -> Answer:
@@ -167,22 +209,17 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"}.intersection(arguments):
         print(__doc__)  # noqa: T201
         return 0
-    rank, world_size = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE")
-    configure_logging(rank, None if world_size is None else int(world_size))
-    try:
-        values, overrides = _parse(arguments)
-        failed = run(
-            normalised(overrides),
-            source=values["input"],
-            output=values["output"],
-            question=values.get("question"),
-        )
-    except ApbError as error:
-        if rank == 0 or not isinstance(error, InputError):
-            print(f"apb.batch: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return exit_code("apb.batch", partial(_run, arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    values, overrides = _parse(arguments)
+    failed = run(
+        overrides,
+        source=values["input"],
+        output=values["output"],
+        question=values.get("question"),
+    )
     return 1 if failed else 0
 
 

@@ -12,13 +12,15 @@ from typing import IO, Any
 
 from apb.errors import InputError
 from apb.files import written_whole
-from apb.json_lines import JsonLines, encode_line
+from apb.json_lines import JsonLines, encode_line, escaped
+from apb.output import check_output
 
 Answer = dict[str, Any]
 """A row of output, with the fields of `TYPES`; an error and an answer exclude each other."""
 TYPES = {
     "id": "string",
     "question": "string",
+    "source": "string",
     "text": "string",
     "finish_reason": "string",
     "method": "string",
@@ -31,6 +33,7 @@ TYPES = {
     "error": "string",
     "settings": "string",
 }
+_ASKED = ("question", "source")
 _BEGIN = b'{"id": '
 
 
@@ -51,23 +54,33 @@ class Journal:
             InputError: it cannot be written, is no output of a batch or of another one's settings,
                 or is being written by someone else.
         """
-        self._output = output
+        self._output, self._settings = output, settings
         self._lines = output if output.suffix == ".jsonl" else Path(f"{output}.jsonl")
-        check_output(output)
+        check_answers(output)
         self._file = JsonLines(self._lines, output=output, writer="batch")
         try:
-            self._answers = self._recover(settings)
+            self._answers = self._recover()
         except BaseException:
             self._file.close()
             raise
 
-    def is_answered(self, row_id: str) -> bool:
-        """Whether that row has an answer; one that failed has not, and is tried again."""
-        return row_id in self._answers and self._answers[row_id]["error"] is None
+    def is_answered(self, asked: Answer) -> bool:
+        """Whether there is an answer with that `id`, and it is to that `question` and `source`.
+
+        A row that failed has none, and is tried again.
+        """
+        answer = self._answers.get(asked["id"])
+        if answer is None or answer["error"] is not None:
+            return False
+        return all(answer[name] == asked[name] for name in _ASKED)
+
+    def failed(self) -> frozenset[str]:
+        """The ids of rows that have an error and no answer."""
+        return frozenset(name for name, row in self._answers.items() if row["error"] is not None)
 
     def add(self, answer: Answer) -> None:
         """Leaves the row on disk; fields that it has not got are null."""
-        answer = {name: answer.get(name) for name in TYPES}
+        answer = {name: answer.get(name) for name in TYPES} | {"settings": self._settings}
         self._file.append(answer)
         self._answers[answer["id"]] = answer
 
@@ -90,7 +103,7 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def _recover(self, settings: str) -> dict[str, Answer]:
+    def _recover(self) -> dict[str, Answer]:
         lines, begun = self._file.read()
         answers = [self._parse(line, number) for number, line in enumerate(lines, 1)]
         if not _BEGIN.startswith(begun[: len(_BEGIN)]):
@@ -98,10 +111,11 @@ class Journal:
         is_over = not answers and self._lines != self._output and self._output.exists()
         if is_over:  # an earlier batch, whose lines have become this file
             answers = _read_parquet(self._output)
-        if any(answer["settings"] != settings for answer in answers):
+        if any(answer["settings"] != self._settings for answer in answers):
             raise InputError(
-                f"output={self._output} holds answers given with another model or other settings: "
-                "choose another file or remove it"
+                f"output={self._output} holds answers given with another model or other settings "
+                "(such as the number of blocks, by default one per rank): choose another file or "
+                "remove it"
             )
         self._file.drop_begun()
         if is_over:
@@ -120,12 +134,11 @@ class Journal:
         return answer
 
 
-def check_output(output: Path) -> None:
+def check_answers(output: Path) -> None:
     """Raises InputError unless a batch can write there."""
     if output.suffix not in (".jsonl", ".parquet"):
         raise InputError(f"output={output} must end in .jsonl or .parquet")
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"output={output} is no file in an existing folder")
+    check_output(output)
     if output.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise InputError("Parquet needs one more package: pip install 'apb[parquet]'")
 
@@ -135,7 +148,11 @@ def _write_parquet(file: IO[bytes], answers: list[Answer]) -> None:
     import pyarrow.parquet as pq
 
     schema = pa.schema(list(TYPES.items()))
-    pq.write_table(pa.Table.from_pylist(answers, schema), file)
+    rows = [
+        {name: escaped(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in answers
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema), file)
 
 
 def _read_parquet(path: Path) -> list[Answer]:

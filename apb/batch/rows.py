@@ -6,6 +6,7 @@ on), and optionally `question` and `id`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import InputError
+from apb.json_lines import escaped
 
 DOCUMENT_SUFFIXES = (".txt", ".md", ".pdf")
 COLUMNS = ("id", "question", "document", "path")
@@ -21,12 +23,18 @@ _ROWS_AT_ONCE = 16
 
 
 class Row(NamedTuple):
-    """One question about one document, which is text or a file; `error` says what is wrong."""
+    """One question about one document, which is text or a file.
+
+    Attributes:
+        source: what tells the document from others: its path in the input, or its text's digest.
+        error: what is wrong with the row.
+    """
 
     id: str
     question: str | None = None
     document: str | None = None
     path: Path | None = None
+    source: str | None = None
     error: str | None = None
 
 
@@ -63,7 +71,12 @@ def _folder(folder: Path) -> Rows:
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     if not names:
         raise InputError(f"input={folder} holds no {', '.join(DOCUMENT_SUFFIXES)} files")
-    return Rows(lambda: (Row(name, path=folder / name) for name in names), len(names))
+
+    def read() -> Iterator[Row]:
+        for name in names:
+            yield Row(escaped(name), path=folder / name, source=escaped(name))
+
+    return Rows(read, len(names))
 
 
 def _json_lines(path: Path) -> Rows:
@@ -127,11 +140,15 @@ def _remote(source: str) -> Rows:
 def _row(columns: Mapping[str, Any], number: int, folder: Path) -> Row:
     """A row from its columns; without an `id` its number, from 0, names it."""
     given = {name: columns[name] for name in COLUMNS if columns.get(name) is not None}
-    row = Row(str(given.get("id", number)))
+    row = Row(escaped(str(given.get("id", number))))
     for name in ("question", "document", "path"):
         if not isinstance(given.get(name, ""), str):
             return row._replace(error=f"column {name} is no text")
     if ("document" in given) == ("path" in given):
         return row._replace(error="a row needs one of the columns document and path")
-    path = folder / given["path"] if "path" in given else None
-    return row._replace(question=given.get("question"), document=given.get("document"), path=path)
+    row = row._replace(question=given.get("question"))
+    if "path" in given:
+        return row._replace(path=folder / given["path"], source=escaped(given["path"]))
+    document = given["document"]
+    digest = hashlib.sha256(escaped(document).encode()).hexdigest()[:16]
+    return row._replace(document=document, source=f"sha256:{digest}")

@@ -16,6 +16,8 @@ class Session(ABC):
 
     has_worked = False
     """Whether the ranks have got as far as reading a document, or have ended some request."""
+    world_size: int
+    """Of the gang as it was first asked for."""
 
     @abstractmethod
     def call(self, op: str, **arguments: Any) -> Generator[dict[str, Any], None, None]:

@@ -68,6 +68,7 @@ class RestartingSession(Session):
         self._config, self._budget = config.supervision, RestartBudget(config.supervision)
         self._replaces = config.on_failure == "restart"
         self._degrades = config.on_rank_loss == "degrade"
+        self.world_size = world_size
         self._restarts, self._survivors = 0, Survivors.all_of(world_size)
         self._gang = open_gang(0, self._survivors)
 
@@ -87,6 +88,9 @@ class RestartingSession(Session):
                 asks_again = self._asks_again(error.failure, has_begun=has_begun)
                 if not self._restart(error.failure) or not asks_again:
                     raise
+
+    def failure(self) -> EngineDeadError | None:
+        return self._gang.failure()
 
     def close(self) -> None:
         self._replaces = False

@@ -42,6 +42,7 @@ class TorchrunSession(Session):
                 f"world_size={config.world_size} but torchrun started {world_size} ranks: "
                 "drop world_size or change --nproc-per-node"
             )
+        self.world_size = world_size
         self._failure: EngineDeadError | None = None
         self._watch: StoreWatch | None = None
         self._leave: Callable[[], None] = lambda: None

@@ -135,7 +135,7 @@ class ApbConfig(BlockConfig):
         BlockConfig.__post_init__(self)  # super() does not work in a class with slots before 3.14
         for name in ("anchor_len", "passing_len"):
             value = getattr(self, name)
-            if value < 0 or (isinstance(value, float) and value > 1):
+            if not value >= 0 or (isinstance(value, float) and value > 1):  # so is NaN
                 raise InputError(
                     f"method.{name}={value} must be a number of tokens (an integer from 0) "
                     "or a share of the block length (a decimal from 0.0 to 1.0)"

@@ -107,6 +107,8 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(tmp_path: Path) -> No
         ),
         (["model=tiny", "output=nowhere/x.json"], "output=nowhere/x.json"),
         (["model=tiny", "output=x.html", "trace=true"], "output=x.html"),
+        (["model=tiny", "output=x.json", "hydra.run.dir=/dev/null/x"], "set hydra.run.dir to one"),
+        (["model=tiny", "bogus=1", "--cfg=job"], "unknown setting bogus"),
         (["model=custom", "model.path=."], "has no config.json"),
         (
             ["model=tiny", "num_blocks=4", "prompt.context_len=900", "method.anchor_len=5000"],

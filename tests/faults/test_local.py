@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from apb import LLM, EngineDeadError, RequestError, SamplingParams
+from apb.batch.__main__ import main as batch
 from faults.forked_ranks import start_forked_rank
 from faults.leftovers import Leftovers, left_since
 from faults.scenarios import FAST, NAMED_WITHIN_S, OVERRIDES, SCENARIOS, WORLD_SIZE, Scenario
@@ -116,3 +122,53 @@ def test_a_cancelled_and_an_overdue_prefill_leave_the_ranks_ready(
         next(iter(stream))
         stream.close()
         assert ask(llm) == expected
+
+
+def batch_command(folder: Path, *settings: str, rows: int) -> tuple[list[str], Path]:
+    table, output = folder / "in.jsonl", folder / "out.jsonl"
+    table.write_text("".join(json.dumps({"document": DOCUMENT}) + "\n" for _ in range(rows)))
+    given = ["model=tiny", "world_size=2", *OVERRIDES, "decode.max_tokens=4", *settings]
+    return [*given, f"input={table}", f"output={output}", "question=Who kept bees?"], output
+
+
+@pytest.mark.usefixtures("expected")
+@pytest.mark.parametrize("restarts", [1, 0])
+def test_a_row_of_a_batch_that_ends_the_ranks_is_that_rows_error_while_they_come_back(
+    restarts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APB_FAULTS", "rank=1,stage=prefill,kind=oom,request=2")
+    command, output = batch_command(tmp_path, f"supervision.restarts={restarts}", rows=3)
+    assert batch(command) == 1
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["error"] is None for row in rows] == ([True, False, True] if restarts else [True])
+    assert all("rank 1 on" in row["error"] for row in rows[1:2])
+
+
+@pytest.mark.usefixtures("expected")
+def test_sigterm_lets_a_batch_finish_its_row_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("APB_FAULTS", "rank=0,stage=decode,kind=slow,seconds=0.1,request=2")
+    command, output = batch_command(tmp_path, rows=6)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def terminate() -> None:
+        while not output.exists() or not output.read_bytes():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate, daemon=True)
+    thread.start()
+    try:
+        assert batch(command) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["error"] for row in rows] == [None] * len(rows)
+    assert len(rows) < 6
+    assert "apb.batch: ended by SIGTERM" in capfd.readouterr().err
+    monkeypatch.delenv("APB_FAULTS")
+    assert batch(command) == 0
+    assert output.read_text().splitlines()[: len(rows)] == [
+        json.dumps(row, ensure_ascii=False) for row in rows
+    ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ IDS = ["a", "b", "c"]
 
 
 def answer(row_id: str, error: str | None = None, **fields: Any) -> dict[str, Any]:
-    return {"id": row_id, "question": "Q?", "error": error, "settings": "s", **fields}
+    return {"id": row_id, "question": "Q?", "source": f"{row_id}.txt", "error": error, **fields}
 
 
 def write_answers(output: Path, *answers: dict[str, Any]) -> None:
@@ -45,7 +47,7 @@ def test_a_folder_gives_a_row_per_document_named_after_it(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert rows(tmp_path) == [
-        Row(name, path=tmp_path / name) for name in ("a/x.PDF", "b.txt", "c.md")
+        Row(name, path=tmp_path / name, source=name) for name in ("a/x.PDF", "b.txt", "c.md")
     ]
 
 
@@ -62,11 +64,13 @@ def test_lines_of_json_give_rows_and_a_bad_line_only_an_error(tmp_path: Path) ->
         '{"document": "' + "[" * 5 + '"}'
     )
     good, path, *bad, last = rows(tmp_path / "in.jsonl")
-    assert good == Row("7", "Why?", "text")
-    assert path == Row("2", path=tmp_path / "x.txt")
+    digest = "sha256:982d9e3eb996f559"
+    assert good == Row("7", "Why?", "text", source=digest)
+    assert path == Row("2", path=tmp_path / "x.txt", source="x.txt")
     assert [row.id for row in bad] == ["3", "4", "none", "6", "7"]
     assert all(row.error for row in bad)
-    assert last == Row("8", document="[" * 5)
+    assert (last.id, last.document) == ("8", "[" * 5)
+    assert last.source != digest
 
 
 def test_parquet_gives_the_rows_of_json_lines_also_from_a_folder(tmp_path: Path) -> None:
@@ -103,7 +107,7 @@ def test_a_crash_at_any_byte_loses_only_the_row_being_written(
     output.write_bytes(data[:cut])
     whole = data[:cut].count(b"\n")
     journal = Journal(output, "s")
-    assert [journal.is_answered(str(idx)) for idx in range(len(texts))] == [
+    assert [journal.is_answered(answer(str(idx))) for idx in range(len(texts))] == [
         idx < whole for idx in range(len(texts))
     ]
     for idx in range(whole, len(texts)):
@@ -119,13 +123,13 @@ def test_a_failed_row_is_open_and_its_later_answer_takes_its_place(
     output = tmp_path / f"out.{suffix}"
     write_answers(output, answer("b"), answer("a", error="lost"))
     journal = Journal(output, "s")
-    assert journal.is_answered("b")
-    assert not journal.is_answered("a")
+    assert journal.is_answered(answer("b"))
+    assert not journal.is_answered(answer("a"))
     journal.add(answer("a", text="now", notes="n", context_tokens=5, prefill_s=0.5))
     journal.finish(["a", "b"])
     journal.close()
     again = Journal(output, "s")
-    assert all(again.is_answered(name) for name in "ab")
+    assert all(again.is_answered(answer(name)) for name in "ab")
     again.finish(["b"])  # a row that is no longer asked for keeps its answer
     again.close()
     if suffix == "parquet":
@@ -138,6 +142,23 @@ def test_a_failed_row_is_open_and_its_later_answer_takes_its_place(
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_names_and_questions_that_are_no_text_are_written_and_known_again(
+    tmp_path: Path, suffix: str
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / f"out.{suffix}"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.txt")).touch()
+    (row,) = rows(folder)
+    question = "lone \ud800"
+    write_answers(output, answer(row.id), answer("other", question=question, error=question))
+    for _ in range(2):
+        journal = Journal(output, "s")
+        assert journal.is_answered(answer(row.id))
+        journal.finish([])
+        journal.close()
+
+
 @pytest.mark.parametrize(
     "content",
     [b"my notes", b"my notes\n", b'{"id": 1}\n', b'{"id": "a", "text": "x"}\n', b"\x00", b"[]\n"],
@@ -148,6 +169,36 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, content: byte
     with pytest.raises(InputError, match="something else"):
         Journal(output, "s")
     assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_only_the_same_question_about_the_same_document_is_answered(
+    tmp_path: Path, suffix: str
+) -> None:
+    table, output = tmp_path / "in.jsonl", tmp_path / f"out.{suffix}"
+    config = compose_config(["model=tiny", "prompt=file"])
+    for name in ("x.txt", "y.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+
+    def ask(*columns: dict[str, str], question: str = "Q?") -> list[str]:
+        """The documents that such a batch reads."""
+        table.write_text("".join(json.dumps(row) + "\n" for row in columns))
+        with closing(Journal(output, "s")) as journal:
+            batch = _Batch(config, open_rows(str(table)), journal, question)
+            read = []
+            for row in batch.pending(bool):
+                read.append(row["document"])
+                batch.record({**row["asked"], "text": "A.", "error": None})
+            assert batch.finish() == 0
+        return read
+
+    document, path, other = {"document": "abc"}, {"path": "x.txt"}, {"path": "y.txt"}
+    assert ask(document, path) == ["abc", "text of x.txt"]
+    assert ask(document, path) == []
+    assert ask(document, other) == ["text of y.txt"]
+    assert ask(other, document) == ["text of y.txt", "abc"]
+    assert ask(other, {**document, "question": "R?"}) == ["abc"]
+    assert ask(other, document, question="R?") == ["text of y.txt"]
 
 
 def test_answers_under_other_settings_are_not_mixed(tmp_path: Path) -> None:
@@ -168,11 +219,13 @@ def test_only_one_batch_writes_a_file(tmp_path: Path) -> None:
 
 def test_settings_that_change_answers_change_the_fingerprint() -> None:
     def of(*overrides: str) -> str:
-        return fingerprint(compose_config(["model=tiny", "prompt=file", *overrides]))
+        config = compose_config(["model=tiny", "prompt=file", *overrides])
+        return fingerprint(config, config.world_size or 1)
 
-    assert of() == of("world_size=4", "launcher=ray", "runtime.chunk_len=64", "prompt.max_pages=9")
+    assert of() == of("launcher=ray", "runtime.chunk_len=64", "prompt.max_pages=9")
+    assert of("num_blocks=4") == of("num_blocks=4", "world_size=4")
     changed = ["model.weights_seed=1", "method=star", "method.anchor_len=64", "seed=1"]
-    changed += ["decode.max_tokens=9", "drafter=none", "method/compressor=knorm"]
+    changed += ["decode.max_tokens=9", "drafter=none", "method/compressor=knorm", "world_size=4"]
     assert len({of(), *(of(one) for one in changed)}) == len(changed) + 1
 
 
@@ -187,10 +240,13 @@ def test_what_cannot_be_read_is_that_rows_error(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 11)
     (tmp_path / "fits.txt").write_text("x" * 10)
     config = compose_config(["model=tiny", "prompt=file", "prompt.max_bytes=10"])
-    journal = Journal(tmp_path / "out.jsonl", fingerprint(config))
+    journal = Journal(tmp_path / "out.jsonl", "s")
     batch = _Batch(config, open_rows(str(tmp_path / "in.jsonl")), journal, "Which?")
-    asked = list(batch.pending())
-    assert [(row["row_id"], row["question"]) for row in asked] == [("a", "Which?"), ("d", "Own?")]
+    asked = list(batch.pending(bool))
+    assert [(row["asked"]["id"], row["asked"]["question"]) for row in asked] == [
+        ("a", "Which?"),
+        ("d", "Own?"),
+    ]
     assert batch.finish() == 3
     journal.close()
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -198,6 +254,23 @@ def test_what_cannot_be_read_is_that_rows_error(tmp_path: Path) -> None:
     assert "does not exist" in errors["b"]
     assert "occurs twice" in errors["a (again)"]
     assert "prompt.max_bytes=10" in errors["c"]
+
+
+def test_rows_that_failed_before_come_last_and_the_output_keeps_the_order(tmp_path: Path) -> None:
+    table, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    table.write_text("".join(json.dumps({"id": row, "document": row}) + "\n" for row in "abcda"))
+    config = compose_config(["model=tiny", "prompt=file"])
+    write_answers(output, answer("a", error="lost"), answer("c", error="lost"))
+    with closing(Journal(output, "s")) as journal:
+        batch = _Batch(config, open_rows(str(table)), journal, "Which?")
+        asked = []
+        for row in batch.pending(bool):
+            asked.append(row["document"])
+            batch.record({**row["asked"], "error": "lost" if row["document"] == "c" else None})
+        assert asked == ["b", "d", "a", "c"]
+        assert batch.finish() == 2
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a", "b", "c", "d", "a (again)"]
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from apb.compress.expected_attention import ExpectedAttentionConfig
 from apb.compress.window import WindowConfig
-from apb.config import RunConfig, compose_config, model_names
+from apb.config import RunConfig, compose_config, model_names, normalised
 from apb.errors import InputError
 from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig
@@ -22,6 +27,7 @@ from apb.methods.wire import WireFormat
 from apb.paths import config_dir
 from apb.plugins import PLUGINS
 from apb.prompts.base import PromptTokens
+from apb.prompts.source import TextConfig
 from plans import make_plan
 
 MODEL = "model=tiny"
@@ -76,6 +82,29 @@ def test_overrides_reach_the_dataclasses() -> None:
     assert isinstance(config.method.passing_len, float)
     assert (config.num_blocks, config.dtype) == (6, "float32")
     assert config.decode.sampling_params(seed=4).temperature == 0.5
+
+
+AWKWARD = st.lists(st.sampled_from(["\\", "'", '"', "${", "}", ",", "\n", "=", "a"])).map("".join)
+
+
+@given(AWKWARD | st.text().filter(lambda text: text != "???"))
+def test_text_passes_hydra_and_omegaconf_to_the_letter(text: str) -> None:
+    overrides = normalised([f"prompt.query={text}"])
+    assert normalised(overrides) == overrides
+    (parsed,) = OverridesParser.create().parse_overrides(overrides)
+    assert OmegaConf.create({"query": parsed.value()}).query == text
+
+
+@pytest.mark.parametrize("again", [list, normalised], ids=["once", "twice"])
+def test_text_reaches_the_prompt_to_the_letter(again: Callable[[list[str]], list[str]]) -> None:
+    text = TextConfig(document="'\"Who?\"'", query='"${oc.env:PATH}", a \\${oc.env:PATH} {b\n}\\')
+    overrides = [f"prompt.document={text.document}", f"prompt.query={text.query}"]
+    assert compose_config(again([MODEL, "prompt=text", *overrides])).prompt == text
+
+
+def test_the_one_text_that_omegaconf_keeps_to_itself_is_refused() -> None:
+    with pytest.raises(InputError, match=r"prompt\.query: .* missing"):
+        compose_config([MODEL, "prompt=text", "prompt.query=???"])
 
 
 def test_settings_of_layout_wire_and_placement_reach_the_dataclasses() -> None:
@@ -135,6 +164,11 @@ def test_whole_share_stays_a_share() -> None:
         ([MODEL, "decode.stop=3"], "stop"),
         ([MODEL, "num_blocks=0"], "num_blocks=0 must be at least 1"),
         ([MODEL, "world_size=0"], "world_size=0 must be at least 1"),
+        *(
+            ([MODEL, f"{name}={value}"], f"{name}={value} must be")
+            for name in ("request_timeout_s", "supervision.layer_s", "audit.max_error")
+            for value in ("nan", "inf", "-1.0")
+        ),
         ([MODEL, "dtype=int3"], "dtype=int3 must be one of"),
         ([MODEL, "device=tpu"], "device=tpu must be one of"),
         (
@@ -144,6 +178,7 @@ def test_whole_share_stays_a_share() -> None:
         ([MODEL, "decode.top_p=0"], "top_p"),
         ([MODEL, "decode.max_tokens=0"], "max_tokens"),
         ([MODEL, "method.passing_len=1.5"], "passing_len=1.5"),
+        ([MODEL, "method.passing_len=nan"], "passing_len=nan"),
         ([MODEL, "method.anchor_len=-1"], "anchor_len=-1"),
         ([MODEL, "method.min_block_len=0"], "min_block_len=0"),
         ([MODEL, "method/compressor=window", "method.compressor.kernel=4"], "kernel=4"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from apb.errors import InputError
 from apb.json_lines import JsonLines, encode_line
 from no_space import room_for
 
-VALUES = st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9)), max_size=4)
+NAMES = st.binary(max_size=4).map(os.fsdecode)
+"""Of files; bytes that are not UTF-8 are lone surrogates."""
+VALUES = st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9) | NAMES), max_size=4)
 
 
 def opened(path: Path) -> JsonLines:
@@ -31,6 +35,7 @@ def test_a_file_cut_anywhere_goes_on_behind_its_last_whole_line(
     lines = file.read()
     done = len(lines.whole)
     assert [line + b"\n" for line in lines.whole] == [*map(encode_line, values[:done])]
+    assert [json.loads(line) for line in lines.whole] == values[:done]
     assert encode_line(values[done]).startswith(lines.begun) if done < len(values) else True
     file.drop_begun()
     file.append(*values[done:])

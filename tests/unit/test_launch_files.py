@@ -209,6 +209,9 @@ def test_the_image_is_pinned_unprivileged_and_without_secrets() -> None:
     assert any("useradd" in rest and rest.endswith(users[0]) for _, rest in steps)
     last_run = max(idx for idx, (word, _) in enumerate(steps) if word == "RUN")
     assert steps.index(("USER", "apb")) > last_run
+    (folder,) = (rest for word, rest in steps if word == "WORKDIR")
+    owned = steps.index(("RUN", f"chown {users[0]} ."))  # runs write to where they start
+    assert steps.index(("WORKDIR", folder)) < owned
     assert not any(re.search("token|secret|password|key=", rest, re.I) for _, rest in steps)
     for _, rest in steps:
         if "apt-get install" in rest:

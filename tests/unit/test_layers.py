@@ -24,7 +24,7 @@ ROWS = [
     {"methods", "speculate"},
     {"clock"},
     {"hf", "report", "table", "agreement", "calibration", "estimate", "hardware"}
-    | {"interrupt", "faults"},
+    | {"interrupt", "faults", "command"},
     {"engine"},
     {"generation"},
     {"scoring"},

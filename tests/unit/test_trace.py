@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from apb.layout import SequenceLayout
 from apb.methods import attended
 from apb.methods.attended import BlockObserver
 from apb.output import RankLayout, RequestMetrics, RequestOutput, trace_paths
+from apb.prompts.source import PromptText
+from apb.run import _deliver
 from apb.trace.activity import Activity, seconds_by_activity, slices_of, window
 from apb.trace.recorder import MAX_RECORDS, OFF, Recorder
 from apb.trace.records import (
@@ -356,6 +359,19 @@ def test_a_page_is_drawn_of_a_document_without_blocks_or_without_attention(
 def test_an_output_survives_the_way_to_its_driver() -> None:
     output = large_run(2, 3, 4)
     assert RequestOutput.from_json(json.loads(json.dumps(output.to_json()))) == output
+
+
+def test_a_result_is_in_its_file_if_not_on_stdout_and_the_other_way_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt, output = PromptText("document", "Où?"), large_run(2, 3, 4)
+    with pytest.raises(InputError, match="cannot be written"):
+        _deliver(prompt, output, tmp_path / "gone" / "x.json")
+    assert "<b>bold</b>" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(UnicodeEncodeError):
+        _deliver(prompt, output, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["text"] == "<b>bold</b>"
 
 
 def test_a_result_is_not_written_over_its_own_report() -> None:
