@@ -7,6 +7,7 @@ a file, so that two gangs never compete for a port, and show their progress in a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,13 +24,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apb.errors import EngineDeadError, RankFailure
+from apb.errors import EngineDeadError, RankFailure, RequestError
 from apb.heartbeat import Beat, Board
 from apb.launchers.gang import Ranks
 from apb.launchers.process_state import is_stopped
 
 _EXIT_S = 5.0
 _STACK_S = 1.0
+_INLINE_BYTES = 2**12
+"""What a connection takes on every system while nobody reads it."""
 
 
 class RankProcess(NamedTuple):
@@ -46,6 +49,7 @@ class RankProcesses(Ranks):
         """One for each of the numbers, which say what GPU of this machine it has."""
         self.world_size = world_size = len(local_ranks)
         self._folder = tempfile.mkdtemp(prefix="apb-")
+        self._posts = 0
         self._board = Board(Path(self._folder) / "board", world_size, create=True)
         self._ranks: list[RankProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._board, self._folder)
@@ -57,9 +61,29 @@ class RankProcesses(Ranks):
         return {"folder": self._folder}
 
     def post(self, encoded: bytes, ranks: Sequence[int]) -> None:
-        for rank in ranks:
+        self._posts += 1
+        messages = dict.fromkeys(ranks, encoded)
+        if len(encoded) > _INLINE_BYTES:  # a rank that is stopped must not keep the driver waiting
+            messages = self._filed(encoded, ranks)
+        for rank, message in messages.items():
             with suppress(OSError):
-                self._ranks[rank].connection.send_bytes(encoded)
+                self._ranks[rank].connection.send_bytes(message)
+
+    def _filed(self, encoded: bytes, ranks: Sequence[int]) -> dict[int, bytes]:
+        """Messages that say where the message is: under a name for each rank, which removes it."""
+        path = Path(self._folder) / f"message-{self._posts}"
+        try:
+            path.write_bytes(encoded)
+            for rank in ranks:
+                os.link(path, f"{path}-{rank}")
+        except OSError as error:
+            raise RequestError(
+                f"cannot write the request ({len(encoded)} bytes) to {self._folder}: "
+                f"{error.strerror}: make room there or set TMPDIR to another folder"
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+        return {rank: json.dumps({"file": f"{path}-{rank}"}).encode() for rank in ranks}
 
     def ready(self, timeout_s: float, *, besides: Container[int] = ()) -> list[int]:
         connections = {
