@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from apb.agreement import from_owner
+from apb.agreement import from_owner, together
 from apb.config import RunConfig
 from apb.errors import EngineDeadError, InputError, RequestError
 from apb.heartbeat import Stage
@@ -65,7 +65,9 @@ class TorchrunSession(Session):
                 self._comm, self._leave = join()
                 if world_size > 1 and "MASTER_ADDR" in os.environ:
                     self._watch = watching(open_store("apb/watch"))
-            self._runner = RequestRunner(config, self._comm, pulse)
+            # A model folder may be missing on one machine alone, which rank 0 has to say.
+            read = partial(RequestRunner, config, self._comm, pulse)
+            self._runner = together(self._comm, "start", read)
         except BaseException:
             self.close()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -11,8 +12,12 @@ import pytest
 from apb.comm import Communicator
 from apb.config import compose_config
 from apb.errors import InputError
+from apb.hf.byte_tokenizer import byte_tokenizer
 from apb.hf.model import CausalLM
+from apb.launchers.torchrun import TorchrunSession
+from apb.run import _report
 from apb.runner import RequestRunner
+from models import hf_model
 from rank_pool import RankPool
 
 PoolOf = Callable[[int], RankPool]
@@ -68,3 +73,42 @@ def test_ranks_that_were_asked_different_things_refuse(pool_of: PoolOf) -> None:
     for rank, (refusal, answer) in enumerate(pool_of(2).run(ask_differently, documents)):
         assert refusal == f"rank {1 - rank} was given another request than this rank"
         assert len(answer) == 3
+
+
+def start_without_the_model_on_rank_1(comm: Communicator, folder: str) -> str | None:
+    """Under torchrun, on machines of which the second has not got the model."""
+    model = folder if comm.rank == 0 else f"{folder}-missing"
+    overrides = ["launcher=torchrun", "device=cpu", "model=custom", f"model.path={model}"]
+    environment = {"RANK": str(comm.rank), "WORLD_SIZE": str(comm.world_size)}
+    with patch.dict("os.environ", environment):
+        try:
+            TorchrunSession(compose_config(overrides))
+        except InputError as error:
+            return str(error)
+    return None
+
+
+def test_what_one_torchrun_rank_alone_lacks_is_told_to_all(pool_of: PoolOf, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    hf_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    reasons = pool_of(2).run(start_without_the_model_on_rank_1, str(folder))
+    assert "model-missing" in (reasons[1] or "")
+    assert reasons[0] == f"rank 1: {reasons[1]}"
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "is_told"),
+    [(0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)],
+)
+def test_bad_input_is_told_once_on_each_machine(
+    rank: int,
+    local_rank: int,
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    _report(InputError("4 ranks on this machine but 2 GPUs"), rank)
+    assert ("4 ranks on this machine" in capsys.readouterr().err) == is_told
