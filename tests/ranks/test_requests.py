@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 
 from apb.comm import Communicator
 from apb.config import compose_config
@@ -95,6 +97,29 @@ def test_what_one_torchrun_rank_alone_lacks_is_told_to_all(pool_of: PoolOf, tmp_
     reasons = pool_of(2).run(start_without_the_model_on_rank_1, str(folder))
     assert "model-missing" in (reasons[1] or "")
     assert reasons[0] == f"rank 1: {reasons[1]}"
+
+
+def fail_on_the_owner_that_decodes_alone(comm: Communicator) -> str:
+    """What each rank ends with when rank 0 cannot choose the first token."""
+
+    def choose(*_: Any) -> None:
+        raise RuntimeError("an index out of range")
+
+    runner = RequestRunner(compose_config([*OVERRIDES, "decode.placement=rank0"]), comm)
+    try:
+        with patch.object(CausalLM, "logits", choose) if comm.rank == 0 else nullcontext():
+            ask(runner, "The miller kept bees. " * 9)
+    except Exception as error:
+        if comm.rank == 0:
+            dist.destroy_process_group()  # as the end of its process would
+        return type(error).__name__
+    return "an answer"
+
+
+def test_an_owner_that_fails_alone_is_no_orderly_end_to_the_others() -> None:
+    with closing(RankPool(3)) as pool:
+        ends = pool.run(fail_on_the_owner_that_decodes_alone)
+    assert ends == ["RuntimeError", "PeerLostError", "PeerLostError"]
 
 
 @pytest.mark.parametrize(
