@@ -138,8 +138,7 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
     told_at = time.monotonic()
 
     def tell_end(failure: str | None = None) -> None:
-        state = [engine.step, engine.next_position]
-        told = {"steps": untold, "state": state, "failure": failure}
+        told = {"steps": untold, "state": [engine.step, engine.next_position], "failure": failure}
         engine.comm.all_gather_json(told, _FROM_OWNER)
 
     try:
@@ -155,8 +154,7 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
     except GeneratorExit:
         tell_end()
         raise
-    # Any other error ends this rank, which is how the others learn of it.
-    tell_end()
+    tell_end()  # any other error ends this rank, which is how the others learn of it
 
 
 def _told_by_owner(engine: Engine) -> Iterator[Step]:

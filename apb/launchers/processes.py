@@ -28,6 +28,7 @@ from apb.errors import EngineDeadError, RankFailure, RequestError
 from apb.heartbeat import Beat, Board
 from apb.launchers.gang import Ranks
 from apb.launchers.process_state import is_stopped
+from apb.listening import LOOPBACK, listen_on
 
 _EXIT_S = 5.0
 _STACK_S = 1.0
@@ -162,7 +163,7 @@ def start_rank(rank: int, world_size: int, local_rank: int) -> RankProcess:
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     # The ranks are all here, and a host name that does not resolve must not keep them apart.
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    listen_on(LOOPBACK, environment)
     process = subprocess.Popen(
         [sys.executable, "-m", "apb.worker"],
         env=environment,

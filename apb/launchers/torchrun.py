@@ -15,6 +15,7 @@ from apb.heartbeat import Stage
 from apb.launchers.base import Session
 from apb.launchers.rendezvous import fresh_prefix
 from apb.launchers.watch import StoreWatch
+from apb.listening import LOOPBACK, listen_on
 from apb.runner import RequestRunner
 from apb.stores import agent_keeps_store, open_store
 from apb.worker import begin_pulse, choose_device, join_group
@@ -50,7 +51,7 @@ class TorchrunSession(Session):
         device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", rank)))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and sys.platform == "linux":
             # All ranks are here, so that none has to listen beyond this machine.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            listen_on(LOOPBACK, os.environ)
         watching = partial(
             StoreWatch, pulse=pulse, rank=rank, world_size=world_size, config=config.supervision
         )

@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, cast
 
 from apb.launchers.processes import RankProcess
+from apb.listening import LOOPBACK, listen_on
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -60,8 +61,8 @@ def start_forked_rank(rank: int, world_size: int, local_rank: int) -> RankProces
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "GLOO_SOCKET_IFNAME": "lo",
     }
+    listen_on(LOOPBACK, environment)
     process = context.Process(target=_live, args=(environment, theirs), daemon=True)
     process.start()
     theirs.close()
