@@ -150,7 +150,7 @@ def main() -> int:
             rank,
             world_size,
             init_method=(folder / "rendezvous").as_uri(),
-            local_rank=int(os.environ["LOCAL_RANK"]),
+            local_rank=int(os.environ["APB_GPU"]),
             slot=board.slot(rank),
             host=socket.gethostname(),
         )

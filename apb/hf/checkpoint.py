@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from apb.errors import InputError
 from apb.hf.gguf import check_gguf_support
-from apb.hf.manifest import check_files, read_manifest
+from apb.hf.manifest import Share, check_files, read_manifest
 from apb.model_config import ModelConfig
 from apb.paths import model_home
 
@@ -56,11 +55,8 @@ class Checkpoint:
             options["revision"] = config.revision
         return cls(config.path, options)
 
-    def check_digests(self, config: ModelConfig) -> None:
-        """Raises InputError unless the files are those of `model.sha256`, where that is given.
-
-        The ranks of a machine share the work, so that all of them have to ask.
-        """
+    def check_digests(self, config: ModelConfig, share: Share) -> None:
+        """Raises InputError unless the files are those of `model.sha256`, where that is given."""
         if config.sha256 is None:
             return
         folder = Path(self.location)
@@ -74,8 +70,7 @@ class Checkpoint:
             folder,
             read_manifest(Path(config.sha256).expanduser()),
             [path.name for path in weights],
-            part=int(os.environ.get("LOCAL_RANK", "0")),
-            parts=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            share,
         )
 
     def load_config(self) -> PreTrainedConfig:

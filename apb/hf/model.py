@@ -22,6 +22,7 @@ from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
 from apb.hf.lean import LeanDecoder
 from apb.hf.linear import MIN_ROWS, WideLinears
+from apb.hf.manifest import Share
 from apb.hf.phases import layers_traced
 from apb.hf.shape import model_shape
 from apb.hf.tap import PassTap, watch
@@ -83,10 +84,14 @@ class CausalLM:
         dtype: torch.dtype,
         device: torch.device,
         chunk_len: int = CHUNK_LEN,
+        share: Share | None = None,
     ) -> CausalLM:
         """Load weights, memory-mapped and so shared by ranks where they have the dtype asked for.
 
-        `chunk_len` bounds the rows that MLPs and norms work on at once.
+        Args:
+            chunk_len: bounds the rows that MLPs and norms work on at once.
+            share: of checking the files against `model.sha256`; by default this rank's, where all
+                ranks of the machine load the model.
 
         Raises:
             InputError: unreadable or unfitting weights.
@@ -97,7 +102,7 @@ class CausalLM:
                 _random_model(hf_config, config.weights_seed, dtype), device, chunk_len=chunk_len
             )
         checkpoint = Checkpoint.find(config)
-        checkpoint.check_digests(config)
+        checkpoint.check_digests(config, share or Share.of_this_rank())
         transformers_logging.disable_progress_bar()
         try:
             if checkpoint.gguf is not None:

@@ -46,16 +46,16 @@ class RankProcess(NamedTuple):
 class RankProcesses(Ranks):
     """Processes in process groups of their own."""
 
-    def __init__(self, local_ranks: Sequence[int]) -> None:
+    def __init__(self, gpus: Sequence[int]) -> None:
         """One for each of the numbers, which say what GPU of this machine it has."""
-        self.world_size = world_size = len(local_ranks)
+        self.world_size = world_size = len(gpus)
         self._folder = tempfile.mkdtemp(prefix="apb-")
         self._posts = 0
         self._board = Board(Path(self._folder) / "board", world_size, create=True)
         self._ranks: list[RankProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._board, self._folder)
-        for rank, local_rank in enumerate(local_ranks):
-            self._ranks.append(start_rank(rank, world_size, local_rank))
+        for rank, gpu in enumerate(gpus):
+            self._ranks.append(start_rank(rank, world_size, gpu))
 
     @property
     def greeting(self) -> dict[str, Any]:
@@ -150,14 +150,16 @@ class RankProcesses(Ranks):
         self._finalizer()
 
 
-def start_rank(rank: int, world_size: int, local_rank: int) -> RankProcess:
+def start_rank(rank: int, world_size: int, gpu: int) -> RankProcess:
+    """A rank of this machine; `gpu` is the number of its GPU, if it has one."""
     ours, theirs = Pipe()
     environment = {
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(local_rank),
+        "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world_size),
+        "APB_GPU": str(gpu),
         "APB_CONNECTION": str(theirs.fileno()),
         "APB_DRIVER": str(os.getpid()),
     }
