@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Checkpoint:
         """The Hugging Face configuration, refused by name if apb cannot run it."""
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self.options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, struct.error) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot read a model from {self.location}: {reason}") from error
         check_supported(config)

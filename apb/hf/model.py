@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -104,27 +105,7 @@ class CausalLM:
         checkpoint = Checkpoint.find(config)
         checkpoint.check_digests(config, share or Share.of_this_rank())
         transformers_logging.disable_progress_bar()
-        try:
-            if checkpoint.gguf is not None:
-                return cls(load_gguf_model(checkpoint.gguf, dtype), device, chunk_len=chunk_len)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.location,
-                **checkpoint.options,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"cannot load {checkpoint.location}: {reason}") from error
-        model, report = loaded
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise InputError(
-                f"{checkpoint.location} lacks {len(missing)} weights of its own configuration, "
-                f"{missing[0]} first: the download is incomplete or of another model"
-            )
-        return cls(model, device, chunk_len=chunk_len)
+        return cls(_read_weights(checkpoint, dtype), device, chunk_len=chunk_len)
 
     @property
     def hf(self) -> Any:
@@ -227,6 +208,43 @@ class CausalLM:
         head = self._model.get_output_embeddings()
         logits_TV: Tensor = head(hidden_TM).float()
         return logits_TV
+
+
+def _read_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The Hugging Face model with all of its weights.
+
+    Raises:
+        InputError: unreadable or unfitting weights.
+    """
+    try:
+        if checkpoint.gguf is not None:
+            return load_gguf_model(checkpoint.gguf, dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.location,
+            **checkpoint.options,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, and by name
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot load {checkpoint.location}: {reason}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{checkpoint.location} lacks {len(missing)} weights of its own configuration, "
+            f"{missing[0]} first: the download is incomplete or of another model"
+        )
+    if unfitting := sorted(report["mismatched_keys"]):
+        name, there, wanted = unfitting[0]
+        raise InputError(
+            f"{checkpoint.location} has {name} as {tuple(there)} where its own configuration says "
+            f"{tuple(wanted)}: the weights are of another model"
+        )
+    return model
 
 
 def _random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
