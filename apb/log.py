@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -32,11 +31,3 @@ def log_to_file(path: Path) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("apb").addHandler(handler)
-
-
-def tells_bad_input() -> bool:
-    """Whether this rank of a torchrun gang, or driver, prints bad input: one on each machine does.
-
-    Every rank finds it alike, unless it is the machine's, such as too few GPUs.
-    """
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"

@@ -19,7 +19,7 @@ from apb.config import RunConfig, compose_config, normalised, register_configs
 from apb.drain import EXIT_CODE, Terminated, draining
 from apb.errors import ApbError, EngineDeadError, InputError
 from apb.llm import LLM
-from apb.log import configure_logging, log_to_file, tells_bad_input
+from apb.log import configure_logging, log_to_file
 from apb.output import RequestOutput, trace_paths
 from apb.paths import config_dir
 from apb.prompts.needle import NeedleCase, is_correct
@@ -58,7 +58,8 @@ def _report(error: ApbError, rank: int) -> None:
     """One sentence and, of a rank that hung or failed, its stack; each of them once."""
     if isinstance(error, EngineDeadError) and error.is_told:
         return
-    if tells_bad_input() or not isinstance(error, InputError):
+    # Bad input is found by every rank alike.
+    if rank == 0 or not isinstance(error, InputError):
         who = f"apb: rank {rank}" if rank else "apb"
         lines = [f"{who}: {error}", *getattr(error, "__notes__", ())]
         print("\n".join(lines), file=sys.stderr)  # noqa: T201

@@ -27,7 +27,7 @@ from apb.batch.rows import Row, Rows, open_rows
 from apb.config import RunConfig, compose_config, normalised
 from apb.errors import ApbError, InputError, RequestError
 from apb.llm import LLM
-from apb.log import configure_logging, tells_bad_input
+from apb.log import configure_logging
 from apb.output import RequestOutput
 from apb.prompts.source import FileConfig
 
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> int:
             question=values.get("question"),
         )
     except ApbError as error:
-        if tells_bad_input() or not isinstance(error, InputError):
+        if rank == 0 or not isinstance(error, InputError):
             print(f"apb.batch: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     except KeyboardInterrupt:

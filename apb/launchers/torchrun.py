@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 from apb.agreement import from_owner, together
 from apb.config import RunConfig
 from apb.errors import EngineDeadError, InputError, RequestError
@@ -48,7 +50,7 @@ class TorchrunSession(Session):
         self._leave: Callable[[], None] = lambda: None
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         pulse, injector = begin_pulse(rank, restarts=restarts)
-        device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", rank)))
+        device = _device_of_this_machine(config, rank)
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and sys.platform == "linux":
             # All ranks are here, so that none has to listen beyond this machine.
             listen_on(LOOPBACK, os.environ)
@@ -105,3 +107,14 @@ class TorchrunSession(Session):
             self._watch.stop()
         self._leave()
         self._watch, self._leave = None, lambda: None
+
+
+def _device_of_this_machine(config: RunConfig, rank: int) -> torch.device:
+    """As `choose_device`; what another machine than rank 0's lacks its first rank says."""
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    try:
+        return choose_device(config.device, local_rank)
+    except InputError as error:
+        if rank and local_rank == 0:
+            print(f"apb: rank {rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        raise
