@@ -1,8 +1,9 @@
 """Ranks as processes of this machine.
 
 They are plain subprocesses and not multiprocessing children, so that notebooks and scripts without
-a ``__main__`` guard work. Driver and ranks exchange JSON over socket pairs; the ranks meet through
-a file, so that two gangs never compete for a port, and show their progress in another one.
+a ``__main__`` guard work. Driver and ranks exchange JSON over socket pairs, of which long requests
+only name the file; the ranks meet through a file, so that two gangs never compete for a port, and
+show their progress in another one.
 """
 
 from __future__ import annotations
