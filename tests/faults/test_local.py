@@ -119,9 +119,10 @@ def test_after_an_interrupt_between_two_ranks_messages_none_is_read_for_the_next
             post(encoded, [0])
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(ranks, "post", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.ask("Another document, which nobody waits for.", "Who?", PARAMS)
+        with monkeypatch.context() as patch:
+            patch.setattr(ranks, "post", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.ask("Another document, which nobody waits for.", "Who?", PARAMS)
         assert ask(llm) == expected
 
 
