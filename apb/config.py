@@ -180,6 +180,13 @@ def register_configs() -> None:
             store.store(group=group, name=f"{name}_schema", node=schema)
 
 
+_FIXED = (
+    *("model", "dtype", "device", "runtime", "allow_beyond_context", "world_size"),
+    *("launcher", "supervision", "on_failure", "on_rank_loss", "progress"),
+)
+"""What ranks are started with and keep."""
+
+
 def recompose_config(old: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Another configuration for ranks and weights that serve `old`.
 
@@ -187,7 +194,7 @@ def recompose_config(old: RunConfig, overrides: Sequence[str]) -> RunConfig:
         InputError: as `compose_config`, or it needs other ranks or weights.
     """
     new = compose_config(overrides)
-    for name in ("model", "dtype", "device", "runtime", "allow_beyond_context", "world_size"):
+    for name in _FIXED:
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
             raise InputError(

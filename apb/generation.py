@@ -135,7 +135,12 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
     end of a long answer time out, and at the end, also of an answer given up.
     """
     untold: list[Step] = []
-    failure, told_at = None, time.monotonic()
+    told_at = time.monotonic()
+
+    def tell_end(failure: str | None = None) -> None:
+        told = {"steps": untold, "state": [engine.step, engine.next_position], "failure": failure}
+        engine.comm.all_gather_json(told, _FROM_OWNER)
+
     try:
         for step in steps:
             untold.append(step)
@@ -144,12 +149,12 @@ def _telling_others(engine: Engine, steps: Iterator[Step]) -> Iterator[Step]:
                 engine.comm.all_gather_json({"steps": untold}, _FROM_OWNER)
                 untold, told_at = [], time.monotonic()
     except NotFiniteError as error:
-        failure = str(error)
+        tell_end(str(error))
         raise
-    finally:
-        state = [engine.step, engine.next_position]
-        told = {"steps": untold, "state": state, "failure": failure}
-        engine.comm.all_gather_json(told, _FROM_OWNER)
+    except GeneratorExit:
+        tell_end()
+        raise
+    tell_end()  # any other error ends this rank, which is how the others learn of it
 
 
 def _told_by_owner(engine: Engine) -> Iterator[Step]:

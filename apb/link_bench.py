@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from apb.comm import Communicator, Kind, Tag
 from apb.errors import ApbError
+from apb.listening import LOOPBACK, listen_on
 from apb.worker import join_group
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def _run_rank(
     program: Callable[[Communicator], object],
     connection: Connection,
 ) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    listen_on(LOOPBACK, os.environ)
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     comm, leave = join_group(rank, world_size, device, init_method=init_method)

@@ -150,7 +150,7 @@ def main() -> int:
             rank,
             world_size,
             init_method=(folder / "rendezvous").as_uri(),
-            local_rank=int(os.environ["LOCAL_RANK"]),
+            local_rank=int(os.environ["APB_GPU"]),
             slot=board.slot(rank),
             host=socket.gethostname(),
         )
@@ -254,6 +254,10 @@ def _send(connection: Channel, message: dict[str, Any]) -> None:
 def receive(connection: Channel) -> dict[str, Any]:
     """The driver's next message."""
     message: dict[str, Any] = json.loads(connection.recv_bytes())
+    if "file" in message:  # a long one
+        path = Path(message["file"])
+        message = json.loads(path.read_bytes())
+        path.unlink()
     return message
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from apb.errors import InputError
 from apb.hf.gguf import check_gguf_support
-from apb.hf.manifest import check_files, read_manifest
+from apb.hf.manifest import Share, check_files, read_manifest
 from apb.model_config import ModelConfig
 from apb.paths import model_home
 
@@ -56,11 +56,8 @@ class Checkpoint:
             options["revision"] = config.revision
         return cls(config.path, options)
 
-    def check_digests(self, config: ModelConfig) -> None:
-        """Raises InputError unless the files are those of `model.sha256`, where that is given.
-
-        The ranks of a machine share the work, so that all of them have to ask.
-        """
+    def check_digests(self, config: ModelConfig, share: Share) -> None:
+        """Raises InputError unless the files are those of `model.sha256`, where that is given."""
         if config.sha256 is None:
             return
         folder = Path(self.location)
@@ -74,15 +71,14 @@ class Checkpoint:
             folder,
             read_manifest(Path(config.sha256).expanduser()),
             [path.name for path in weights],
-            part=int(os.environ.get("LOCAL_RANK", "0")),
-            parts=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            share,
         )
 
     def load_config(self) -> PreTrainedConfig:
         """The Hugging Face configuration, refused by name if apb cannot run it."""
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.location, **self.options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, struct.error) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"cannot read a model from {self.location}: {reason}") from error
         check_supported(config)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from apb.attention.base import LayerInputs
 from apb.cache import CacheShape
 from apb.errors import InputError
+from apb.hf.manifest import Share
 from apb.hf.model import CausalLM
 from apb.hf.tokenizer import load_tokenizer, vocabulary_hash
 from apb.model_config import ModelConfig
@@ -175,7 +176,8 @@ def load_draft_model(
                 f"its tokenizer is not the target's (vocabulary {own_hash[:12]}, the target's "
                 f"{tokenizer_hash[:12]}): choose a smaller model of the target's family"
             )
-        model = CausalLM.load(config, dtype=dtype, device=device)
+        # No other rank loads it, and so none shares the check of its files.
+        model = CausalLM.load(config, dtype=dtype, device=device, share=Share())
     except InputError as error:
         reason = str(error).replace("model.path", "drafter.model")
         raise InputError(f"drafter.model={config.name}: {reason}") from error

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from apb.errors import InputError
 
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+
+
+class Share(NamedTuple):
+    """Which of the files one of several ranks checks that load them on the same machine."""
+
+    part: int = 0
+    parts: int = 1
+
+    @classmethod
+    def of_this_rank(cls) -> Share:
+        """By its place among those of its machine; all of them have to check."""
+        parts = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(int(os.environ.get("LOCAL_RANK", "0")) % parts, parts)
 
 
 def read_manifest(path: Path) -> dict[str, str]:
@@ -33,22 +48,17 @@ def read_manifest(path: Path) -> dict[str, str]:
 
 
 def check_files(
-    folder: Path,
-    manifest: Mapping[str, str],
-    weights: Collection[str],
-    *,
-    part: int = 0,
-    parts: int = 1,
+    folder: Path, manifest: Mapping[str, str], weights: Collection[str], share: Share
 ) -> None:
     """Raises InputError unless the folder's files are what the manifest says.
 
     Args:
         weights: names that it has to list.
-        part: of `parts` ranks on this machine, which share the work.
+        share: of the work; whether the weights are listed is always checked.
     """
     if unlisted := sorted(set(weights) - manifest.keys()):
         raise InputError(f"model.sha256 does not list {folder / unlisted[0]}: add its digest")
-    for name in sorted(manifest)[part::parts]:
+    for name in sorted(manifest)[share.part :: share.parts]:
         try:
             with (folder / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -22,6 +23,7 @@ from apb.hf.chunk import run_in_chunks
 from apb.hf.gguf import load_gguf_model
 from apb.hf.lean import LeanDecoder
 from apb.hf.linear import MIN_ROWS, WideLinears
+from apb.hf.manifest import Share
 from apb.hf.phases import layers_traced
 from apb.hf.shape import model_shape
 from apb.hf.tap import PassTap, watch
@@ -83,10 +85,14 @@ class CausalLM:
         dtype: torch.dtype,
         device: torch.device,
         chunk_len: int = CHUNK_LEN,
+        share: Share | None = None,
     ) -> CausalLM:
         """Load weights, memory-mapped and so shared by ranks where they have the dtype asked for.
 
-        `chunk_len` bounds the rows that MLPs and norms work on at once.
+        Args:
+            chunk_len: bounds the rows that MLPs and norms work on at once.
+            share: of checking the files against `model.sha256`; by default this rank's, where all
+                ranks of the machine load the model.
 
         Raises:
             InputError: unreadable or unfitting weights.
@@ -97,29 +103,9 @@ class CausalLM:
                 _random_model(hf_config, config.weights_seed, dtype), device, chunk_len=chunk_len
             )
         checkpoint = Checkpoint.find(config)
-        checkpoint.check_digests(config)
+        checkpoint.check_digests(config, share or Share.of_this_rank())
         transformers_logging.disable_progress_bar()
-        try:
-            if checkpoint.gguf is not None:
-                return cls(load_gguf_model(checkpoint.gguf, dtype), device, chunk_len=chunk_len)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.location,
-                **checkpoint.options,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"cannot load {checkpoint.location}: {reason}") from error
-        model, report = loaded
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise InputError(
-                f"{checkpoint.location} lacks {len(missing)} weights of its own configuration, "
-                f"{missing[0]} first: the download is incomplete or of another model"
-            )
-        return cls(model, device, chunk_len=chunk_len)
+        return cls(_read_weights(checkpoint, dtype), device, chunk_len=chunk_len)
 
     @property
     def hf(self) -> Any:
@@ -222,6 +208,43 @@ class CausalLM:
         head = self._model.get_output_embeddings()
         logits_TV: Tensor = head(hidden_TM).float()
         return logits_TV
+
+
+def _read_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The Hugging Face model with all of its weights.
+
+    Raises:
+        InputError: unreadable or unfitting weights.
+    """
+    try:
+        if checkpoint.gguf is not None:
+            return load_gguf_model(checkpoint.gguf, dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.location,
+            **checkpoint.options,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, and by name
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot load {checkpoint.location}: {reason}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{checkpoint.location} lacks {len(missing)} weights of its own configuration, "
+            f"{missing[0]} first: the download is incomplete or of another model"
+        )
+    if unfitting := sorted(report["mismatched_keys"]):
+        name, there, wanted = unfitting[0]
+        raise InputError(
+            f"{checkpoint.location} has {name} as {tuple(there)} where its own configuration says "
+            f"{tuple(wanted)}: the weights are of another model"
+        )
+    return model
 
 
 def _random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:

@@ -48,6 +48,9 @@ class Ranks(ABC):
         """Send if anyone is there; that a rank is gone shows when its reply is awaited.
 
         Until they have met all ranks are sent the same.
+
+        Raises:
+            RequestError: there is no room for the message; no rank has got it.
         """
 
     @abstractmethod
@@ -134,19 +137,18 @@ class GangSession(Session):
         if self._failure is not None:
             raise _again(self._failure)
         self._await_greetings()
-        self._request(op, **arguments)
         finished, self._busy = False, True
         try:
+            self._request(op, **arguments)
             while not finished:
-                try:
-                    reply = self._next_reply()
-                except (InputError, RequestError):
-                    finished = self.has_worked = True
-                    raise
+                reply = self._next_reply()
                 finished = "result" in reply
                 self.has_worked |= finished
                 yield reply
                 self._watcher.forget()  # whoever reads the replies may have taken a break
+        except (InputError, RequestError):  # it has ended, and the ranks go on
+            self.has_worked = True
+            raise
         except (GeneratorExit, KeyboardInterrupt):
             if not finished and self._failure is None:
                 self._cancel()
@@ -186,8 +188,14 @@ class GangSession(Session):
             raise
 
     def _request(self, op: str, **arguments: Any) -> None:
-        self._send({"op": op, "arguments": arguments})
-        self._requests += 1
+        try:
+            self._send({"op": op, "arguments": arguments})
+            self._requests += 1
+        except RequestError:
+            raise
+        except BaseException:  # some ranks may have it and others not
+            self._end(EngineDeadError("the engine was stopped while a request was being sent"))
+            raise
 
     def _send(self, message: dict[str, Any]) -> None:
         self._ranks.post(json.dumps(message).encode(), range(self._ranks.world_size))

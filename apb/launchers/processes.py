@@ -1,12 +1,14 @@
 """Ranks as processes of this machine.
 
 They are plain subprocesses and not multiprocessing children, so that notebooks and scripts without
-a ``__main__`` guard work. Driver and ranks exchange JSON over socket pairs; the ranks meet through
-a file, so that two gangs never compete for a port, and show their progress in another one.
+a ``__main__`` guard work. Driver and ranks exchange JSON over socket pairs, of which long requests
+only name the file; the ranks meet through a file, so that two gangs never compete for a port, and
+show their progress in another one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,13 +25,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apb.errors import EngineDeadError, RankFailure
+from apb.errors import EngineDeadError, RankFailure, RequestError
 from apb.heartbeat import Beat, Board
 from apb.launchers.gang import Ranks
 from apb.launchers.process_state import is_stopped
+from apb.listening import LOOPBACK, listen_on
 
 _EXIT_S = 5.0
 _STACK_S = 1.0
+_INLINE_BYTES = 2**12
+"""What a connection takes on every system while nobody reads it."""
 
 
 class RankProcess(NamedTuple):
@@ -42,24 +47,45 @@ class RankProcess(NamedTuple):
 class RankProcesses(Ranks):
     """Processes in process groups of their own."""
 
-    def __init__(self, local_ranks: Sequence[int]) -> None:
+    def __init__(self, gpus: Sequence[int]) -> None:
         """One for each of the numbers, which say what GPU of this machine it has."""
-        self.world_size = world_size = len(local_ranks)
+        self.world_size = world_size = len(gpus)
         self._folder = tempfile.mkdtemp(prefix="apb-")
+        self._posts = 0
         self._board = Board(Path(self._folder) / "board", world_size, create=True)
         self._ranks: list[RankProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._board, self._folder)
-        for rank, local_rank in enumerate(local_ranks):
-            self._ranks.append(start_rank(rank, world_size, local_rank))
+        for rank, gpu in enumerate(gpus):
+            self._ranks.append(start_rank(rank, world_size, gpu))
 
     @property
     def greeting(self) -> dict[str, Any]:
         return {"folder": self._folder}
 
     def post(self, encoded: bytes, ranks: Sequence[int]) -> None:
-        for rank in ranks:
+        self._posts += 1
+        messages = dict.fromkeys(ranks, encoded)
+        if len(encoded) > _INLINE_BYTES:  # a rank that is stopped must not keep the driver waiting
+            messages = self._filed(encoded, ranks)
+        for rank, message in messages.items():
             with suppress(OSError):
-                self._ranks[rank].connection.send_bytes(encoded)
+                self._ranks[rank].connection.send_bytes(message)
+
+    def _filed(self, encoded: bytes, ranks: Sequence[int]) -> dict[int, bytes]:
+        """Messages that say where the message is: under a name for each rank, which removes it."""
+        path = Path(self._folder) / f"message-{self._posts}"
+        try:
+            path.write_bytes(encoded)
+            for rank in ranks:
+                os.link(path, f"{path}-{rank}")
+        except OSError as error:
+            raise RequestError(
+                f"cannot write the request ({len(encoded)} bytes) to {self._folder}: "
+                f"{error.strerror}: make room there or set TMPDIR to another folder"
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+        return {rank: json.dumps({"file": f"{path}-{rank}"}).encode() for rank in ranks}
 
     def ready(self, timeout_s: float, *, besides: Container[int] = ()) -> list[int]:
         connections = {
@@ -125,20 +151,22 @@ class RankProcesses(Ranks):
         self._finalizer()
 
 
-def start_rank(rank: int, world_size: int, local_rank: int) -> RankProcess:
+def start_rank(rank: int, world_size: int, gpu: int) -> RankProcess:
+    """A rank of this machine; `gpu` is the number of its GPU, if it has one."""
     ours, theirs = Pipe()
     environment = {
         **os.environ,
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(local_rank),
+        "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world_size),
+        "APB_GPU": str(gpu),
         "APB_CONNECTION": str(theirs.fileno()),
         "APB_DRIVER": str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     # The ranks are all here, and a host name that does not resolve must not keep them apart.
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    listen_on(LOOPBACK, environment)
     process = subprocess.Popen(
         [sys.executable, "-m", "apb.worker"],
         env=environment,

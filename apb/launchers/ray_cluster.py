@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from apb.errors import InputError
@@ -39,7 +40,7 @@ class Cluster:
         """Join the cluster, unless this process has already.
 
         Raises:
-            InputError: there is none, or it runs other versions of Ray or Python.
+            InputError: there is none, it wants a token, or it runs other versions of Ray or Python.
         """
         self._leave = weakref.finalize(self, ray.shutdown)
         if ray.is_initialized():
@@ -65,6 +66,14 @@ def _connect(address: str) -> None:
             raise
         found = " ".join(str(error).split())
         raise InputError(f"the cluster and this process do not match: {found}") from error
+    except RayError as error:
+        if type(error).__name__ != "AuthenticationError":  # which older releases have not got
+            raise
+        raise InputError(
+            f"the Ray cluster at launcher.address={address} asks for a token that this process has "
+            "not got: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN, or set "
+            "RAY_AUTH_MODE=disabled on every node"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(
             f"no Ray cluster at launcher.address={address}: start one with `ray start --head`, "

@@ -20,6 +20,7 @@ from typing import Any
 
 from apb.heartbeat import private_slot
 from apb.launchers.process_state import is_stopped
+from apb.listening import listen_on
 
 PASSED_ON = (
     *("APB_HOME", "APB_FAULTS", "APB_LOG_*", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_*"),
@@ -115,7 +116,7 @@ class RankActor:
         self._thread = threading.get_ident()
         _as_nice_as_its_parent()
         if (interface := interface_of(address)) is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            listen_on(interface, os.environ)
         os.environ["LOCAL_RANK"] = str(local_rank)
         os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
         serve(

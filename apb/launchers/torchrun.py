@@ -8,13 +8,16 @@ from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from apb.agreement import from_owner
+import torch
+
+from apb.agreement import from_owner, together
 from apb.config import RunConfig
 from apb.errors import EngineDeadError, InputError, RequestError
 from apb.heartbeat import Stage
 from apb.launchers.base import Session
 from apb.launchers.rendezvous import fresh_prefix
 from apb.launchers.watch import StoreWatch
+from apb.listening import LOOPBACK, listen_on
 from apb.runner import RequestRunner
 from apb.stores import agent_keeps_store, open_store
 from apb.worker import begin_pulse, choose_device, join_group
@@ -48,10 +51,10 @@ class TorchrunSession(Session):
         self._leave: Callable[[], None] = lambda: None
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         pulse, injector = begin_pulse(rank, restarts=restarts)
-        device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", rank)))
+        device = _device_of_this_machine(config, rank)
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size) and sys.platform == "linux":
             # All ranks are here, so that none has to listen beyond this machine.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            listen_on(LOOPBACK, os.environ)
         watching = partial(
             StoreWatch, pulse=pulse, rank=rank, world_size=world_size, config=config.supervision
         )
@@ -66,7 +69,9 @@ class TorchrunSession(Session):
                 self._comm, self._leave = join()
                 if world_size > 1 and "MASTER_ADDR" in os.environ:
                     self._watch = watching(open_store("apb/watch"))
-            self._runner = RequestRunner(config, self._comm, pulse)
+            # A model folder may be missing on one machine alone, which rank 0 has to say.
+            read = partial(RequestRunner, config, self._comm, pulse)
+            self._runner = together(self._comm, "start", read)
         except BaseException:
             self.close()
             raise
@@ -103,3 +108,14 @@ class TorchrunSession(Session):
             self._watch.stop()
         self._leave()
         self._watch, self._leave = None, lambda: None
+
+
+def _device_of_this_machine(config: RunConfig, rank: int) -> torch.device:
+    """As `choose_device`; what another machine than rank 0's lacks its first rank says."""
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    try:
+        return choose_device(config.device, local_rank)
+    except InputError as error:
+        if rank and local_rank == 0:
+            print(f"apb: rank {rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        raise

@@ -19,6 +19,7 @@ import uuid
 from contextlib import suppress
 from typing import NamedTuple
 
+from apb.clock import machine
 from apb.errors import EngineDeadError, RankFailure
 from apb.heartbeat import Beat, Pulse, Stage
 from apb.launchers.process_state import is_gone
@@ -41,6 +42,9 @@ class _Sign(NamedTuple):
 
     turn: int = 0
     host: str = ""
+    """What people call the machine; others may be called the same."""
+    space: str = ""
+    """Where the process's number means it: ranks with the same can look for each other's."""
     beat: Beat = Beat()
 
 
@@ -58,7 +62,8 @@ class StoreWatch:
     ) -> None:
         self._store, self._pulse, self._rank = store, pulse, rank
         self._watcher = Watcher(config)
-        self._host, self._parent, self._turn = socket.gethostname(), os.getppid(), 0
+        self._host, self._space = socket.gethostname(), process_space()
+        self._parent, self._turn = os.getppid(), 0
         self._keys = [f"beat{rank}" for rank in range(world_size)]
         self._signs = [_Sign()] * world_size
         self._has_failed, self._stopping = threading.Event(), threading.Event()
@@ -106,7 +111,7 @@ class StoreWatch:
 
     def _publish(self) -> None:
         self._turn += 1
-        sign = json.dumps([self._turn, self._host, self._pulse.beat])
+        sign = json.dumps([self._turn, self._host, self._space, self._pulse.beat])
         self._store.set(self._keys[self._rank], sign)
 
     def _judge(self) -> RankFailure | None:
@@ -115,10 +120,10 @@ class StoreWatch:
             return None
         now, unheard = time.monotonic(), set[int]()
         for rank, text in enumerate(self._store.multi_get(self._keys)):
-            turn, host, beat = json.loads(text)
+            turn, host, space, beat = json.loads(text)
             if turn == self._signs[rank].turn:
                 unheard.add(rank)
-            self._signs[rank] = _Sign(turn, host, Beat.read(beat))
+            self._signs[rank] = _Sign(turn, host, space, Beat.read(beat))
         stall = self._watcher.observe([sign.beat for sign in self._signs], now, unheard=unheard)
         failure = self._lost(now)
         if failure is None and stall is not None:
@@ -131,11 +136,11 @@ class StoreWatch:
         One that is between requests may have ended in order.
         """
         failed = self._has_failed.is_set()
-        for rank, (_, host, beat) in enumerate(self._signs):
+        for rank, (_, host, space, beat) in enumerate(self._signs):
             place, silent_s = last_heard_in(beat), self._watcher.silence_s(rank, now)
             if beat.stage is Stage.LEFT:
                 continue
-            watched = host == self._host and (failed or beat.stage is not Stage.IDLE)
+            watched = space == self._space and (failed or beat.stage is not Stage.IDLE)
             if watched and is_gone(beat.pid):
                 return RankFailure(rank, host, place, "ended without a word")
             if failed and silent_s > _SILENT_S:
@@ -176,13 +181,21 @@ class StoreWatch:
         if self._has_failed.wait(_UNWIND_S):
             self._stopping.set()
             return
-        if culprit not in (None, self._rank) and cause.host == self._host:
+        if culprit not in (None, self._rank) and self._signs[culprit].space == self._space:
             with suppress(ProcessLookupError):  # it may be stopped, which no other signal ends
                 os.kill(self._signs[culprit].beat.pid, signal.SIGKILL)
         os._exit(1)
 
     def _host_of(self, rank: int | None) -> str:
         return self._host if rank is None else self._signs[rank].host
+
+
+def process_space() -> str:
+    """What numbers this process: a machine, and there a process namespace."""
+    parts = [machine()]
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def _written(cause: str | bytes) -> RankFailure:

@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, cast
 
 from apb.launchers.processes import RankProcess
+from apb.listening import LOOPBACK, listen_on
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -49,7 +50,7 @@ class _Forked:
         os.kill(self.pid, number)
 
 
-def start_forked_rank(rank: int, world_size: int, local_rank: int) -> RankProcess:
+def start_forked_rank(rank: int, world_size: int, gpu: int) -> RankProcess:
     """As `start_rank`, with the variables of this process."""
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -58,10 +59,11 @@ def start_forked_rank(rank: int, world_size: int, local_rank: int) -> RankProces
         **{name: value for name, value in os.environ.items() if name.startswith("APB_")},
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(local_rank),
+        "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "GLOO_SOCKET_IFNAME": "lo",
+        "APB_GPU": str(gpu),
     }
+    listen_on(LOOPBACK, environment)
     process = context.Process(target=_live, args=(environment, theirs), daemon=True)
     process.start()
     theirs.close()

@@ -7,13 +7,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from apb import LLM, EngineDeadError, RequestError, SamplingParams
 from apb.batch.__main__ import main as batch
+from apb.launchers.gang import GangSession
+from apb.launchers.processes import RankProcesses
+from apb.launchers.restart import RestartingSession
 from faults.forked_ranks import start_forked_rank
 from faults.leftovers import Leftovers, left_since
 from faults.scenarios import FAST, NAMED_WITHIN_S, OVERRIDES, SCENARIOS, WORLD_SIZE, Scenario
@@ -31,9 +34,9 @@ def _forked() -> Iterator[None]:
         yield
 
 
-def open_llm() -> LLM:
+def open_llm(*overrides: str) -> LLM:
     """Ranks that are up but have not loaded the model: the first question does that."""
-    llm = LLM.from_overrides(["model=tiny", f"world_size={WORLD_SIZE}", *OVERRIDES])
+    llm = LLM.from_overrides(["model=tiny", f"world_size={WORLD_SIZE}", *OVERRIDES, *overrides])
     llm.make_needle(kind="single", context_len=600, depth=0.5, seed=0)
     return llm
 
@@ -82,6 +85,56 @@ def test_a_fault_is_named_and_the_next_request_is_answered(
         assert ask(llm) == expected
         assert time.monotonic() - begin < BACK_WITHIN_S
     assert left_since(before) == []
+
+
+def ranks_of(llm: LLM) -> RankProcesses:
+    session = llm._session
+    assert isinstance(session, RestartingSession)
+    assert isinstance(session._gang, GangSession)
+    assert isinstance(session._gang._ranks, RankProcesses)
+    return session._gang._ranks
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_idle_rank_that_is_stopped_does_not_keep_a_long_document_waiting(
+    rank: int, expected: list[int], before: Leftovers
+) -> None:
+    longer_than_any_buffer = DOCUMENT * 500
+    with open_llm("supervision.heartbeat_s=2") as llm:
+        assert ask(llm) == expected
+        os.kill(ranks_of(llm)._ranks[rank].process.pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        with pytest.raises(EngineDeadError, match=f"rank {rank} .* was stopped by a signal"):
+            llm.ask(longer_than_any_buffer, "Who kept bees?", PARAMS)
+        assert time.monotonic() - begin < 2 + NAMED_WITHIN_S
+    assert left_since(before) == []
+
+
+def test_after_an_interrupt_between_two_ranks_messages_none_is_read_for_the_next(
+    expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_llm() as llm:
+        assert ask(llm) == expected
+        ranks = ranks_of(llm)
+        post = ranks.post
+
+        def interrupted(encoded: bytes, _: Sequence[int]) -> None:
+            post(encoded, [0])
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ranks, "post", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.ask("Another document, which nobody waits for.", "Who?", PARAMS)
+        assert ask(llm) == expected
+
+
+def test_ranks_remove_the_messages_that_they_have_read(expected: list[int]) -> None:
+    with open_llm() as llm:
+        for _ in range(2):
+            llm.ask(DOCUMENT * 5, "Who kept bees?", PARAMS)
+        assert ask(llm) == expected
+        assert list(Path(ranks_of(llm)._folder).glob("message*")) == []
 
 
 def check_blame(error: EngineDeadError, scenario: Scenario) -> None:

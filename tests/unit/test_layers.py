@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 # A module may import from the rows above its own in this table, and from its own package.
 ROWS = [
-    {"errors", "paths", "files", "heartbeat"},
+    {"errors", "paths", "files", "heartbeat", "listening"},
     {"header", "trace"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
     | {"log", "output", "progress", "model_config", "launcher_config", "corpus", "arguments"}

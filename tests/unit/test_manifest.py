@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apb.errors import InputError
+from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.hf.draft_model import load_draft_model
 from apb.hf.model import CausalLM
+from apb.hf.tokenizer import vocabulary_hash
+from apb.launchers.processes import start_rank
 from apb.model_config import ModelConfig
 
 
@@ -46,25 +52,72 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
+def is_found_by(ranks: Sequence[dict[str, str]], folder: Path, manifest: Path) -> int:
+    """How many ranks, given their environments, refuse the weights for their digest."""
+    found = []
+    for environment in ranks:
+        with patch.dict("os.environ", environment):
+            try:
+                load(folder, manifest)
+            except InputError as error:
+                found.append(str(error))
+    expected = f"{folder}/model.safetensors is not the file that model.sha256 lists"
+    assert all(expected in error for error in found)
+    return len(found)
+
+
 def test_the_files_of_the_list_load(folder: Path, manifest: Path) -> None:
     load(folder, manifest)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_a_flipped_bit_in_the_weights_is_found_by_one_rank_of_a_machine(
-    folder: Path, manifest: Path, parts: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, manifest: Path, parts: int
 ) -> None:
     flip_last_byte(folder / "model.safetensors")
-    found = []
-    for rank in range(parts):
+    ranks = [{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(parts)} for rank in range(parts)]
+    assert is_found_by(ranks, folder, manifest) == 1
+
+
+@pytest.mark.parametrize("left", [[0, 2], [1, 2], [2]])
+def test_ranks_that_are_left_of_more_check_every_file(
+    folder: Path, manifest: Path, left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local ranks after ``on_rank_loss=degrade``, which keep their GPUs."""
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr("subprocess.Popen", lambda *_, env, **__: told.append(env))
+    for rank, gpu in enumerate(left):
+        start_rank(rank, len(left), gpu).connection.close()
+    flip_last_byte(folder / "model.safetensors")
+    assert is_found_by(told, folder, manifest) == 1
+
+
+def test_a_local_rank_without_the_number_of_its_neighbours_checks_everything(
+    folder: Path, manifest: Path
+) -> None:
+    flip_last_byte(folder / "model.safetensors")
+    assert is_found_by([{"LOCAL_RANK": "3"}], folder, manifest) == 1
+
+
+def test_a_draft_model_is_checked_by_the_one_rank_that_loads_it(
+    folder: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_tokenizer().save_pretrained(folder)
+    flip_last_byte(folder / "model.safetensors")
+    config = ModelConfig(name="small", path=str(folder), sha256=str(manifest))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(parts))
-        try:
-            load(folder, manifest)
-        except InputError as error:
-            found.append(str(error))
-    assert len(found) == 1
-    assert f"{folder}/model.safetensors is not the file that model.sha256 lists" in found[0]
+        with pytest.raises(InputError, match=r"model\.safetensors is not the file"):
+            load_draft_model(
+                config,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                tokenizer_hash=vocabulary_hash(byte_tokenizer()),
+                sinks=4,
+                window=64,
+                spare=8,
+            )
 
 
 def test_weights_that_are_not_listed_are_refused(folder: Path, manifest: Path) -> None:

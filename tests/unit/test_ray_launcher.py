@@ -25,6 +25,7 @@ from apb.launchers.ray_rank import (
 pytest.importorskip("ray", reason="needs ray")
 from apb.launchers.ray_cluster import (
     Place,
+    _connect,
     bundle,
     check_versions,
     in_rank_order,
@@ -97,6 +98,22 @@ def test_a_rank_reserves_a_gpu_only_where_it_runs_on_one() -> None:
     on_cpu = {"CPU": 4, "accelerator_type:H200": 0.1}
     assert bundle(config, gpu=False) == on_cpu
     assert bundle(config, gpu=True) == {**on_cpu, "GPU": 1}
+
+
+def test_a_cluster_that_asks_for_a_missing_token_is_bad_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray: Any = pytest.importorskip("ray")
+    error = getattr(ray.exceptions, "AuthenticationError", None)
+    if error is None:
+        pytest.skip("this Ray knows no tokens")
+
+    def init(**_: Any) -> None:
+        raise error("Token authentication is enabled but no authentication token was found")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InputError, match=r"launcher\.address=local asks for a token"):
+        _connect("local")
 
 
 def test_the_loopback_address_is_the_loopback_interfaces() -> None:
