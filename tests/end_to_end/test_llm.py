@@ -263,7 +263,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
         ({"world_size": 2, "num_blocks": 0}, "num_blocks=0"),
         ({"on_failure": "hope"}, "on_failure=hope must be one of restart, stop"),
         ({"launcher": "torchrun", "on_rank_loss": "degrade"}, "torchrun starts all of them again"),
-        ({"request_timeout_s": 0.0}, "request_timeout_s=0.0 must be positive"),
+        ({"request_timeout_s": 0.0}, "request_timeout_s=0.0 must be a positive number"),
     ],
 )
 def test_wrong_settings_fail_at_once(settings: dict[str, str | float], words: str) -> None:
