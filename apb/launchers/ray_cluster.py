@@ -79,8 +79,9 @@ def _connect(address: str) -> None:
             f"no Ray cluster at launcher.address={address}: start one with `ray start --head`, "
             "give its HOST:PORT, or set launcher.address=local for one on this machine alone"
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
 
 
 def _knock(address: str) -> None:
