@@ -20,7 +20,7 @@ PAGES = {
         *("docs/plugins", "docs/troubleshooting", "docs/api"),
     ),
     "More": ("kernels/README", "apb/weights/smollm2-135m/README", "SECURITY", "CHANGELOG"),
-    "Reports": ("benchmarks/reports/*",),
+    "Reports": ("benchmarks/reports/*", "benchmarks/reports/*/report"),
 }
 """The table of contents beside every page."""
 
