@@ -16,7 +16,7 @@ def exit_code(name: str, command: Callable[[], int]) -> int:
 
     Inside torchrun every rank calls this. Where ranks are gone the process ends here.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE")
+    rank, world_size = this_rank(), os.environ.get("WORLD_SIZE")
     configure_logging(rank, None if world_size is None else int(world_size))
     try:
         return command()
@@ -30,6 +30,11 @@ def exit_code(name: str, command: Callable[[], int]) -> int:
     except Terminated:
         print(f"{name}: ended by SIGTERM before there was an answer", file=sys.stderr)  # noqa: T201
         return EXIT_CODE
+
+
+def this_rank() -> int:
+    """Of torchrun's ranks; 0 outside of it. Rank 0 reads, shows and writes."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _report(who: str, error: ApbError, rank: int) -> None:

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -162,6 +163,7 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({processor_name()}, threads per rank: {torch.get_num_threads()})"
 
 
+@cache
 def processor_name() -> str:
     """As the processor calls itself, or its instruction set where that cannot be read."""
     cpuinfo = Path("/proc/cpuinfo")

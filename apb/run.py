@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from apb.command import exit_code
+from apb.command import exit_code, this_rank
 from apb.config import RunConfig, compose_config, normalised, register_configs
 from apb.config_errors import one_sentence
 from apb.drain import draining
@@ -50,7 +50,7 @@ def _run(overrides: Sequence[str]) -> int:
 def _run_hydra(overrides: Sequence[str]) -> None:
     """Let Hydra make the output folder and serve ``--help``, ``--cfg job`` and the like."""
     register_configs()
-    sys.argv[1:] = [*overrides, *(() if _is_first() else _FOLLOWER_OVERRIDES)]
+    sys.argv[1:] = [*overrides, *(_FOLLOWER_OVERRIDES if this_rank() else ())]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise errors instead of printing reports
     errors: list[Exception] = []
 
@@ -73,15 +73,11 @@ def _run_hydra(overrides: Sequence[str]) -> None:
         raise errors[0]
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _answer() -> None:
     """Load the prompt, ask, and show and save the answer."""
     job = HydraConfig.get()
     overrides = list(job.overrides.task)
-    is_first = _is_first()
+    is_first = this_rank() == 0
     folder = Path(job.runtime.output_dir)
     if is_first:
         log_to_file(folder / "run.log")

@@ -47,25 +47,25 @@ def _trimming(runs: Sequence[Run], categories: Sequence[str]) -> list[str]:
     rows = []
     for category in categories:
         tasks = [r.task for r in runs if (r.category, r.variant) == (category, "frspec")]
-        pairs = [
-            (by_task["frspec", task], by_task["eagle", task])
-            for task in tasks
-            if ("eagle", task) in by_task
-        ]
-        if not pairs:
+        whole = {task: by_task["eagle", task] for task in tasks if ("eagle", task) in by_task}
+        trimmed = [by_task["frspec", task] for task in whole]
+        ratio = _speed_up(trimmed, whole)
+        if ratio is None:
             return []
-        ratios = [trimmed.rate / whole.rate for trimmed, whole in pairs if whole.rate]
-        if not ratios:
-            return []
-        ratio = Estimate.of(ratios)
-        trimmed, whole = (_acceptance(own) for own in zip(*pairs, strict=True))
-        rows.append([category, ratio.text(2), f"{trimmed / whole:.0%}"])
+        acceptance = _acceptance(trimmed) / _acceptance([*whole.values()])
+        rows.append([category, ratio.text(2), f"{acceptance:.0%}"])
     header = [
         "category",
         "tokens/s of `frspec` over `eagle`",
         "acceptance of `frspec` over `eagle`",
     ]
     return ["", "## The frequent tokens alone against all tokens", "", *table(header, rows)]
+
+
+def _speed_up(runs: Sequence[Run], base: Mapping[str, Run]) -> Estimate | None:
+    """Over the runs of the same tasks in `base`, as far as these have a rate."""
+    ratios = [run.rate / base[run.task].rate for run in runs if base[run.task].rate]
+    return Estimate.of(ratios) if ratios else None
 
 
 def _acceptance(runs: Sequence[Run]) -> float:
@@ -78,9 +78,9 @@ def _table(runs: Sequence[Run], plain: str) -> list[str]:
     for variant in dict.fromkeys(sorted(run.variant for run in runs)):
         own = [run for run in runs if run.variant == variant]
         seconds, tokens = sum(run.seconds for run in own), sum(run.tokens for run in own)
-        ratios = [run.rate / base[run.task].rate for run in own if base[run.task].rate]
-        speed_up = Estimate.of(ratios).text(2) if ratios else ""
-        row = [f"`{variant}`", f"{tokens / seconds:.1f}" if seconds else "", speed_up]
+        found = _speed_up(own, base)
+        rate = f"{tokens / seconds:.1f}" if seconds else ""
+        row = [f"`{variant}`", rate, found.text(2) if found else ""]
         rows.append([*row, *_per_step(own)])
     header = ["drafter", "tokens/s", "speed-up", "acceptance", "nodes", "draft ms", "verify ms"]
     return table(header, rows)
@@ -96,8 +96,8 @@ def chart(runs: Sequence[Run], model: str, *, plain: str) -> Chart:
     for category, bars in groups.items():
         for variant in bars:
             own = [run for run in runs if (run.category, run.variant) == (category, variant)]
-            ratios = [run.rate / base[run.task].rate for run in own if base[run.task].rate]
-            bars[variant] = Estimate.of(ratios).interval() if ratios else 0.0
+            found = _speed_up(own, base)
+            bars[variant] = found.interval() if found else 0.0
     return Bars(title=f"Decoding of {model}", y_label="tokens/s over plain decoding", groups=groups)
 
 

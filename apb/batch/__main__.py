@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from apb.batch.journal import Answer, Journal, check_answers
 from apb.batch.rows import Row, Rows, open_rows
-from apb.command import exit_code
+from apb.command import exit_code, this_rank
 from apb.config import RunConfig, compose_config
 from apb.drain import Terminated, draining
 from apb.errors import EngineDeadError, InputError, RequestError
@@ -57,7 +56,7 @@ def run(overrides: Sequence[str], *, source: str, output: str, question: str | N
     if config.trace:
         raise InputError("trace=true traces one answer: ask for it with apb.run, or drop it")
     with closing(LLM.from_overrides(overrides)) as llm:
-        if os.environ.get("RANK", "0") != "0":  # of a torchrun gang: rank 0 reads and writes
+        if this_rank():  # which only answers
             llm.start()
             with draining(config.supervision.drain_s):
                 unread: Iterator[dict[str, Any]] = iter(())

@@ -36,13 +36,14 @@ def common_words(rng: random.Random, length: int) -> Draft:
     A worked example comes first, as in RULER's own generator: 40 words, 10 and 3 times; in short
     documents 20 words, 3 and 1 times.
     """
-    long = length >= _SHORT
-    repeats = Repeats(30, 3) if long else Repeats(6, 1)
+    if length >= _SHORT:
+        num_shown, shown, repeats = 40, Repeats(10, 3), Repeats(30, 3)
+    else:
+        num_shown, shown, repeats = 20, Repeats(3, 1), Repeats(6, 1)
     source = words.compounds(rng)
-    chosen = list(islice(source, 40 if long else 20))
     head = (
         "Below are numbered lists of words. Some words occur more often than others.\n\n"
-        + _example(rng, chosen, Repeats(10, 3) if long else Repeats(3, 1))
+        + _example(rng, list(islice(source, num_shown)), shown)
     )
     common = list(islice(source, _NUM_COMMON))
     others, seed = Stock(source), rng.random()

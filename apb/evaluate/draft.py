@@ -45,10 +45,8 @@ class Source(random.Random):
     def in_turn(self, things: Sequence[T]) -> T:
         """One of few things: the samples of a task take all of them before any comes again."""
         turn, place = divmod(self._index, len(things))
-        order = random.Random(f"{self._samples} turn {turn}").sample(
-            range(len(things)), len(things)
-        )
-        return things[order[place]]
+        order = random.Random(f"{self._samples} turn {turn}").sample(things, len(things))
+        return order[place]
 
 
 class Task(NamedTuple):

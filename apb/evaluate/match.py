@@ -6,8 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-LETTERS = "ABCDEFGHIJ"
-"""Of the options of a question, in their order."""
+_LETTERS = "ABCDEFGHIJ"
 
 
 def match_all(text: str, answers: Sequence[str]) -> float:
@@ -20,17 +19,22 @@ def match_part(text: str, answers: Sequence[str]) -> float:
     return float(any(_occurs(answer, text) for answer in answers))
 
 
+def lettered(options: Sequence[str]) -> dict[str, str]:
+    """The options of a question, each by its letter."""
+    return dict(zip(_LETTERS, options, strict=False))
+
+
 def match_option(text: str, answers: Sequence[str], *, options: Sequence[str]) -> float:
     """1 if `text` begins with the letter of a right one of `options`, or holds its words, else 0.
 
     `answers` may be letters or options.
     """
-    lettered = dict(zip(LETTERS, options, strict=False))
-    right = [lettered.get(answer.strip().upper(), answer) for answer in answers]
+    by_letter = lettered(options)
+    right = [by_letter.get(answer.strip().upper(), answer) for answer in answers]
     # "A." and "(A)", but not the article of "A house".
-    first = re.match(rf"\W*([{LETTERS}])(?:[^\w\s]|\s*$)", text)
-    if first and first[1] in lettered:
-        return float(lettered[first[1]] in right)
+    first = re.match(rf"\W*([{_LETTERS}])(?:[^\w\s]|\s*$)", text)
+    if first and first[1] in by_letter:
+        return float(by_letter[first[1]] in right)
     return match_part(text, right)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apb.errors import InputError
-from apb.evaluate.match import LETTERS
+from apb.evaluate.match import lettered
 
 _DOCUMENT = ("context", "document")
 _QUESTION = ("input", "question", "query")
@@ -62,8 +62,8 @@ def _record(line: str, where: str) -> Record:
     if not all(answer.strip() for answer in given) or not given:
         raise InputError(f"{where} has no right answer: give one, or take the line out")
     options = tuple(str(option) for option in fields.get("options") or ())
-    lettered = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return Record(document, "\n".join([question, *lettered]), given, options)
+    choices = (f"{letter}. {option}" for letter, option in lettered(options).items())
+    return Record(document, "\n".join([question, *choices]), given, options)
 
 
 def _field(fields: dict[str, Any], names: tuple[str, ...], where: str) -> Any:

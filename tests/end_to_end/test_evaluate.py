@@ -122,16 +122,9 @@ def test_another_document_is_noticed_before_it_is_read(
 ) -> None:
     monkeypatch.setattr(LLM, "ask", None)
     shutil.copytree(done, folder := tmp_path / "folder")
-    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
-    first = json.loads(lines[0])
-    place = (first["task"], first["sample"])
-    kept = [line for line in map(json.loads, lines) if (line["task"], line["sample"]) == place]
-    kept = [row for row in kept if row["method"] == "full"]
-    stale = json.dumps({**kept[0], "digest": "0"}) + "\n"
-    (folder / "samples.jsonl").write_text(stale)
-    given = {"output": [f"output={folder}"], "baseline": [f"baseline={folder}"]}
-    words = [*WORDS, f"output={tmp_path / 'new'}", *given[origin]]
-    assert main(words) == 2
+    stale = next(row for row in rows(folder) if row["method"] == "full")
+    (folder / "samples.jsonl").write_text(json.dumps({**stale, "digest": "0"}) + "\n")
+    assert main([*WORDS, f"output={tmp_path / 'new'}", f"{origin}={folder}"]) == 2
     assert f"{origin}={folder} has another document than this evaluation" in capsys.readouterr().err
 
 
