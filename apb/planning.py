@@ -137,13 +137,13 @@ class Planner:
         """Predicted seconds of all layers: more than scoring a continuation afterwards takes."""
         return self.layer_s(plan) * self._shape.num_layers
 
-    def step_s(self, plan: PrefillPlan) -> float:
-        """Predicted seconds of a decoding step; its first one reads a question, say a layer's worth
-        of work.
-        """
+    def step_s(self, plan: PrefillPlan, *, query_len: int) -> float:
+        """Predicted seconds of the longest decoding step, the first, which reads the query."""
         assert self._costs is not None, "predict before the ranks agree on costs"
-        step_s = self._costs.step_s(plan.layout.context_len, world_size=self._comm.world_size)
-        return step_s + self.layer_s(plan)
+        context_len = plan.layout.context_len
+        step_s = self._costs.step_s(context_len, world_size=self._comm.world_size)
+        # A query's token attends to all of the context, one of the context to half of it.
+        return step_s + self.prefill_s(plan) * 2 * query_len / context_len
 
     def auditor(self, plan: PrefillPlan) -> Auditor | None:
         """Who looks on while the plan runs; None where nobody is asked to."""

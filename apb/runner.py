@@ -233,7 +233,9 @@ class RequestRunner:
         sampling = request.sampling
         answer = self._reader.answer(sampling, self._eos_ids)
         pieces, steps = list[str](), list[Step]()
-        self._pulse.enter(Stage.DECODE, expected_s=self._planner.step_s(ready.plan))
+        query_len = len(request.prompt.query_ids)
+        step_s = self._planner.step_s(ready.plan, query_len=query_len)
+        self._pulse.enter(Stage.DECODE, expected_s=step_s)
 
         def is_last(token_id: int) -> bool:
             pieces.append(answer.push(token_id))

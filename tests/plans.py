@@ -16,6 +16,15 @@ SHAPE = ModelShape(
     head_dim=16,
     vocab_size=260,
 )
+LLAMA_8B = ModelShape(
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+)
 
 
 def make_plan(

@@ -14,16 +14,6 @@ from apb.hf.model import load_config
 from apb.hf.shape import model_shape
 from models import model_config
 
-LLAMA_8B = ModelShape(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
-
 
 def random_heads(shape: ModelShape, *, hidden_size: int, seed: int = 0) -> RetainingHeads:
     generator = torch.Generator().manual_seed(seed)

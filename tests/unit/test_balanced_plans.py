@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apb.compress.knorm import KnormConfig
-from apb.cost import NOMINAL_CPU, CostModel, ModelShape
+from apb.cost import NOMINAL_CPU, CostModel
 from apb.layout import LayoutPolicy
 from apb.methods.apb import ApbConfig
 from apb.methods.balanced import balanced, slowest
@@ -19,18 +19,9 @@ from apb.methods.plan import AnchorForm, PlanRequest, PrefillPlan
 from apb.methods.star import StarConfig
 from apb.methods.wire import WireFormat
 from apb.prompts.base import PromptTokens
-from plans import SHAPE, make_plan
+from plans import LLAMA_8B, SHAPE, make_plan
 
 COSTS = CostModel(shape=SHAPE, rates=NOMINAL_CPU, itemsize=4)
-LLAMA_8B = ModelShape(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
 FREE_ATTENTION = replace(NOMINAL_CPU, attention_flops=1e30, link_bytes=1e30)
 
 

@@ -20,7 +20,8 @@ from apb.compress.retaining_file import RetainingHeads
 from apb.cost import ModelShape
 from apb.errors import InputError
 from apb.heads import main
-from retaining_heads import LLAMA_8B, published, random_heads, tiny_shape
+from plans import LLAMA_8B
+from retaining_heads import published, random_heads, tiny_shape
 
 SHAPE = ModelShape(
     num_layers=3,
