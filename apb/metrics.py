@@ -83,9 +83,13 @@ def used_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device has left: CUDA's own figure, or what the kernel says is available."""
+    """Bytes that the device has left: CUDA's own figure, or what the kernel says is available.
+
+    What CUDA's allocator keeps of earlier requests counts as free, though to CUDA it is in use.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

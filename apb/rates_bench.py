@@ -14,7 +14,6 @@ from torch import Tensor
 from apb.attention.base import Segment
 from apb.attention.sdpa import SdpaBackend
 from apb.hf.linear import WideLinears
-from apb.packed import has_fast_bf16
 
 _PROBE_ROWS = 128
 _FEWEST_REPEATS, _MOST_REPEATS = 3, 9
@@ -76,7 +75,7 @@ class RankBench:
         sizes = self._sizes
         weight = self._random(sizes.intermediate, sizes.hidden)
         x_TM = self._random(sizes.rows, sizes.hidden)
-        with nullcontext() if has_fast_bf16(self._device) else WideLinears():
+        with WideLinears() if WideLinears.suit(self._device) else nullcontext():
             rows, seconds = self._timed_rows(
                 lambda rows: torch.nn.functional.linear(x_TM[:rows], weight)
             )

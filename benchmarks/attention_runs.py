@@ -181,11 +181,10 @@ def run_decode(
         kind="copy", name="copy", case="copy", seconds=copied, flops=0, bytes=2 * _COPIED_BYTES
     )
     for case in cases:
-        q_HTD, [shard, own] = draw(scene, case.rows, (case.keys, case.rows))
-        segments = [
-            Segment(0, case.rows, shard[0], shard[1]),
-            Segment(0, case.rows, own[0], own[1], causal=True),
-        ]
+        q_HTD, [kv] = draw(scene, case.rows, (case.keys + case.rows,))
+        rule_TT = torch.ones(case.rows, case.rows, dtype=torch.bool, device=scene.device).tril()
+        visible_TE = rule_TT if case.rows > 1 else None  # as apb.methods.decode has it
+        segments = [Segment(0, case.rows, kv[0], kv[1], visible_TE=visible_TE)]
         runs: dict[str, Callable[[], object]] = {
             name: partial(backend.attend, q_HTD, segments, scale=scene.scale)
             for name, backend in contestants.items()
@@ -197,5 +196,5 @@ def run_decode(
                 case=f"{case.rows} rows, {case.keys} keys",
                 seconds=seconds,
                 flops=scene.pair_flops * case.rows * case.keys,
-                bytes=shard.numel() * shard.element_size(),
+                bytes=kv.numel() * kv.element_size(),
             )

@@ -73,7 +73,7 @@ GPU_JOBS = (
         "decode, quoting",
         5,
         "--samples 0 --quoting 6 --dtype bfloat16 --drafters none hybrid frspec suffix "
-        "--override device=cuda",
+        "--no-ranks --override device=cuda",
     ),
     _job(
         "quality, 2K",
@@ -82,7 +82,9 @@ GPU_JOBS = (
     ),
     _job("exchange", 4, f"{_ON_GPU} --ranks 2", needs="gpus"),
     _job("critical path, to 128K", 10, f"{_ON_GPU} --context 32768 131072"),
-    _job("decode, all drafters", 20, "--samples 0 --dtype bfloat16 --override device=cuda"),
+    _job(
+        "decode, all drafters", 20, "--samples 0 --dtype bfloat16 --no-ranks --override device=cuda"
+    ),
     _job("quality, all", 40, "--override device=cuda"),
     _job("critical path, 512K", 20, f"{_ON_GPU} --context 524288 --repeats 1 {_BASICS}"),
 )

@@ -30,6 +30,9 @@ from apb.worker import choose_device
 from benchmarks.decode_tasks import Task
 
 HF_LOOKUP_TOKENS = 10
+_NEAR_TIE = 1e-3
+_TIE_ULPS = 4
+"""Logits closer than this, or than so many of their dtype's roundings, may fall either way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +130,15 @@ class ApbLab:
             draft_s=stats.draft_s,
         )
 
-    def gap(self, task: Task, token_ids: Sequence[int]) -> float:
-        """How far the two likeliest tokens behind those are apart, in logits."""
+    def gap(self, task: Task, token_ids: Sequence[int]) -> tuple[float, float]:
+        """How far the two likeliest tokens behind those are apart, in logits, and what is a tie:
+        the rounding of sums depends on the rows of a pass.
+        """
         hidden_TM = self._engine.extend([*task.query_ids, *token_ids])
-        best = self.model.logits(hidden_TM[-1:])[0].topk(2).values
+        best = self.model.logits(hidden_TM[-1:])[0].topk(2).values.float()
         self._engine.rewind(len(task.query_ids) + len(token_ids))
-        return float(best[0] - best[1])
+        rounded = _TIE_ULPS * torch.finfo(self.model.dtype).eps * float(best[0].abs())
+        return float(best[0] - best[1]), max(_NEAR_TIE, rounded)
 
     @property
     def stop_ids(self) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +26,7 @@ class FlashBackend(AttentionBackend):
     """One call per segment, merged by log-sum-exp.
 
     Args:
-        forward: the package's `flash_attn_func`, made to return output and log-sum-exp first.
+        forward: the package's `flash_attn_func`, which returns output and log-sum-exp first.
     """
 
     name: ClassVar[str] = "flash"
@@ -37,7 +39,7 @@ class FlashBackend(AttentionBackend):
     ) -> AttentionPartial:
         q_1THD, k_1SKD, v_1SKD = (x.transpose(0, 1)[None] for x in (q_HTD, k_KSD, v_KSD))
         out_1THD, lse_1HT, *_ = self._forward(
-            q_1THD, k_1SKD, v_1SKD, softmax_scale=scale, causal=causal, return_attn_probs=True
+            q_1THD, k_1SKD, v_1SKD, softmax_scale=scale, causal=causal
         )
         return AttentionPartial(out_1THD[0], lse_1HT[0].mT)
 
@@ -62,7 +64,7 @@ def _flash_attn_func(device: torch.device) -> Callable[..., tuple[Any, ...]]:
     if find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9:
         from flash_attn_interface import flash_attn_func as flash_attn_3_func
 
-        return flash_attn_3_func  # type: ignore[no-any-return]
+        return returning_lse(flash_attn_3_func)
     if not find_spec("flash_attn"):
         raise InputError(
             "backend=flash needs the package flash-attn, which is not installed: "
@@ -70,4 +72,11 @@ def _flash_attn_func(device: torch.device) -> Callable[..., tuple[Any, ...]]:
         )
     from flash_attn import flash_attn_func
 
-    return flash_attn_func  # type: ignore[no-any-return]
+    return returning_lse(flash_attn_func)
+
+
+def returning_lse(forward: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """FlashAttention-3 returned the log-sum-exp unasked until it could be asked for it."""
+    if "return_attn_probs" in signature(forward).parameters:
+        return partial(forward, return_attn_probs=True)
+    return forward

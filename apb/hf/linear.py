@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from apb.packed import has_fast_bf16
+
 MIN_ROWS = 16
 """Below this many rows the conversion of the weights costs more than the product gains."""
 CHUNK_ROWS = 1024
@@ -21,6 +23,11 @@ class WideLinears(TorchFunctionMode):
     of summation. On an AVX2 machine (EPYC Milan, 2 cores, 2048 x 576 x 1536) it ran at 17 GFLOP/s
     and the fp32 product, conversions included, at 118.
     """
+
+    @staticmethod
+    def suit(device: torch.device) -> bool:
+        """Whether they are faster there. A GPU that lacks bf16 has fp16."""
+        return device.type == "cpu" and not has_fast_bf16(device)
 
     def __torch_function__(
         self,

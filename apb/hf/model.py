@@ -75,7 +75,7 @@ class CausalLM:
         self._is_lean = LeanDecoder.suits(self._model)
         self._lean: LeanDecoder | None = None
         self._device = device
-        self._wide = not has_fast_bf16(device)
+        self._wide = WideLinears.suit(device)
 
     @classmethod
     def load(

@@ -109,14 +109,17 @@ class _BlockPrefill:
         self._exchanges: dict[tuple[int, ...], ContextExchange] = {}
 
     def attend(self, layer: LayerInputs) -> Tensor:
-        """What can be sent is under way before local attention, and awaited after it."""
+        """What can be sent is under way before local attention, and awaited after it.
+
+        The passing block first: others wait for it, and NCCL sends one message after the other.
+        """
         backend, local = self._context.backend, self._context.rows.local
-        self._context.cache.write(layer.layer_idx, layer.k_KTD[:, local], layer.v_KTD[:, local])
         plan = self._context.plan.in_layer(layer.layer_idx)
         exchange = self._exchange(plan)
         with self._context.trace.span(Phase.COMPRESS, layer.layer_idx):
             message_NY = self._message(layer, exchange)
         pending = exchange.start(layer, message_NY)
+        self._context.cache.write(layer.layer_idx, layer.k_KTD[:, local], layer.v_KTD[:, local])
         if not self._overlap:
             pending.wait()
         partial = backend.attend(layer.q_HTD, self._local_segments(layer), scale=layer.scale)

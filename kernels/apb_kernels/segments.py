@@ -68,7 +68,7 @@ def sorted_segments(segments: Sequence[KeySegment]) -> list[KeySegment]:
     return sorted(kept, key=lambda segment: (segment.start, segment.stop))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=1024)
 def tile_table(
     spans: tuple[Span, ...], group_size: int, tile_rows: int, device: torch.device
 ) -> Tensor:

@@ -24,7 +24,7 @@ from apb.attention.base import (
     masked_attention,
     merge_partials,
 )
-from apb.attention.flash import FlashBackend
+from apb.attention.flash import FlashBackend, returning_lse
 from apb.attention.reference import ReferenceBackend, _visible
 from apb.errors import InputError
 from apb.plugins import PLUGINS
@@ -38,7 +38,7 @@ BACKENDS: dict[str, AttentionBackend] = {
     name: config().build(AttentionTarget(CPU, torch.float32, 64))
     for name, config in PLUGINS["backend"].items()
     if name != "flash" and not (name == "fused" and torch.cuda.is_available())
-} | {"flash": FlashBackend(flash_attn_func)}
+} | {"flash": FlashBackend(returning_lse(flash_attn_func))}
 
 Spans = Sequence[tuple[int, int, int | None]]
 """Segments as ``(start, stop, keys)``; without a number of keys it is causal."""
@@ -154,6 +154,20 @@ def test_backends_hold_for_every_head_dim_and_group_size(
 ) -> None:
     spans = [(0, 21, None), (0, 21, 13)]
     assert_as_good_as_plain(BACKENDS[name], spans, dtype=dtype, head_dim=head_dim, groups=groups)
+
+
+def test_flash_attention_3_of_before_it_could_be_asked_for_the_lse() -> None:
+    def flash_attn_3_func(
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        asked = flash_attn_func(
+            q, k, v, softmax_scale=softmax_scale, causal=causal, return_attn_probs=True
+        )
+        return asked[:2]
+
+    backend = FlashBackend(returning_lse(flash_attn_3_func))
+    spans = PACKED["block with upstream keys"]
+    assert_as_good_as_plain(backend, spans, dtype=torch.bfloat16, head_dim=64, groups=2)
 
 
 @pytest.mark.gpu
