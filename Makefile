@@ -9,7 +9,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' Makefile
 
 demo: model ## answer a question about a generated document on 4 CPU ranks
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m apb.run +model=smollm2-135m
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m apb.run +model=smollm2-135m device=cpu
 
 model: $(READY) ## fetch the demo model, 270 MB on disk
 	$(BIN)/python -m apb.fetch smollm2-135m

@@ -7,7 +7,6 @@ several ranks on the CPU that is what OMP_NUM_THREADS sets, or the cores shared 
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from apb.cost import NOMINAL_GPU, Rates
 from apb.errors import ApbError, InputError
 from apb.hf.model import DTYPES, choose_dtype
 from apb.link_bench import LinkRates, measure_link
+from apb.metrics import usable_cores
 from apb.rates_bench import RankBench, Sizes
 from apb.worker import choose_device
 
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _thread_count(value: str) -> int:
-    most = os.cpu_count() or 1
+    most = usable_cores()
     if not value.isascii() or not value.isdecimal() or not 1 <= int(value) <= most:
         raise InputError(f"threads={value} must be a number from 1 to this machine's {most} cores")
     return int(value)

@@ -236,6 +236,20 @@ class Communicator:
             self.verify()
         return payload_of(received_RU, like)
 
+    def settle(self, step: int, layer: int) -> None:
+        """Wait until a GPU has done what it was given, and `verify`. All ranks at one place.
+
+        Messages are part of what it was given, so this rank waits for others like those that have
+        headers to look at; a rank that received nothing would seem to be at work.
+        """
+        if self.device.type == "cuda":
+            if self.pulse is not None:
+                self.pulse.wait(step, layer)
+            torch.cuda.synchronize(self.device)
+            if self.pulse is not None:
+                self.pulse.go_on()
+        self.verify()
+
     def verify(self) -> None:
         """Check the headers of all messages received since the last call.
 

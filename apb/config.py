@@ -37,7 +37,7 @@ APPEND_ONLY = ("model",)
 """Groups that are not in the defaults list, so that Hydra wants a plus: ``+model=x``."""
 FREE_TEXT = (
     *("prompt.document", "prompt.query", "output"),
-    *("model.name", "model.path", "model.sha256", "model.drafting"),
+    *("model.name", "model.path", "model.revision", "model.sha256", "model.drafting"),
     *("drafter.head", "drafter.vocabulary", "drafter.model"),
     *("method.layer_budgets", "method.compressor.heads"),
 )

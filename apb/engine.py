@@ -123,7 +123,7 @@ class Engine:
             self.comm.verify()
             raise
         hand_off.finish()
-        self.comm.verify()
+        self.comm.settle(step, self.model.cache_shape.num_layers)
         self.next_position = plan.layout.context_len
         if self._cache is not None:
             cached = hand_off.positions() if self._gathered else rows.positions[rows.local]

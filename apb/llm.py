@@ -43,7 +43,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         world_size: int | None = None,
         launcher: str = "auto",
@@ -54,7 +54,7 @@ class LLM:
         shorthand = [
             f"{name}={_override_value(value)}" for name, value in named.items() if value is not None
         ]
-        self._start([*_model_overrides(model), *shorthand, *overrides])
+        self._start([*_model_overrides(os.fspath(model)), *shorthand, *overrides])
         try:
             _result(self._session.call("load"))
         except BaseException:
@@ -120,6 +120,7 @@ class LLM:
     ) -> RequestOutput:
         """The answer to a question about a document; it goes on from `answer_start`, if given.
 
+        `params` are by default those of the settings `decode` and `seed`.
         `timeout_s`, by default the setting `request_timeout_s`, counts from when the ranks take the
         request; it ends within two layers or a token after that.
 
@@ -129,7 +130,7 @@ class LLM:
             EngineDeadError: the ranks are gone; others follow unless ``on_failure=stop``.
         """
         with self._request():
-            arguments = _ask_arguments(document, question, params, answer_start)
+            arguments = self._ask_arguments(document, question, params, answer_start)
             replies = self._session.call("ask", **arguments, **self._limits(timeout_s))
             return RequestOutput.from_json(_result(replies))
 
@@ -139,15 +140,22 @@ class LLM:
         question: Tokens,
         params: SamplingParams | None = None,
         *,
+        answer_start: str = "",
         timeout_s: float | None = None,
-    ) -> Generator[str, None, None]:
-        """The answer's text in pieces as they become certain. Closing the iterator cancels it."""
+    ) -> Generator[str, None, RequestOutput]:
+        """As `ask`, the text in pieces as they become certain. Closing the iterator cancels it.
+
+        The whole is the generator's value: ``output = yield from llm.stream(...)``.
+        """
         with self._request():
-            arguments = _ask_arguments(document, question, params) | self._limits(timeout_s)
+            arguments = self._ask_arguments(document, question, params, answer_start)
+            reply: dict[str, Any] = {}
+            arguments |= self._limits(timeout_s)
             with closing(self._session.call("ask", **arguments)) as replies:
                 for reply in replies:
                     if reply.get("piece"):
                         yield reply["piece"]
+            return RequestOutput.from_json(reply["result"])
 
     def logprobs(
         self, document: Tokens, continuation: Tokens, query: Tokens | None = None
@@ -210,6 +218,22 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _ask_arguments(
+        self,
+        document: Tokens,
+        question: Tokens,
+        params: SamplingParams | None,
+        answer_start: str,
+    ) -> dict[str, Any]:
+        if params is None:
+            params = self.config.decode.sampling_params(seed=self.config.seed)
+        return {
+            "document": _plain(document),
+            "question": _plain(question),
+            "answer_start": answer_start,
+            "params": asdict(params),
+        }
+
     def _limits(self, timeout_s: float | None) -> dict[str, float]:
         timeout_s = self.config.request_timeout_s if timeout_s is None else timeout_s
         if timeout_s is None:
@@ -245,17 +269,6 @@ def _model_overrides(model: str) -> list[str]:
 
 def _override_value(value: str | float | bool) -> str:
     return quoted(value) if isinstance(value, str) else str(value).lower()
-
-
-def _ask_arguments(
-    document: Tokens, question: Tokens, params: SamplingParams | None, answer_start: str = ""
-) -> dict[str, Any]:
-    return {
-        "document": _plain(document),
-        "question": _plain(question),
-        "answer_start": answer_start,
-        "params": asdict(params or SamplingParams()),
-    }
 
 
 def _continuation_arguments(

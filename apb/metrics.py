@@ -73,6 +73,13 @@ class PeakMemory:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: of a container or a job's share, not of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def used_memory(device: torch.device) -> int:
     """Bytes that are in use now: of CUDA's allocator, or the resident set (0 where nobody says)."""
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class ModelConfig:
         sha256: a file with digests, as `sha256sum` writes it, that the model's files must have.
         template: `auto`, `chat`, `plain` or `raw` (see `apb.prompts.template`).
         user_template: how document and question share the user's turn.
+        chat_template_kwargs: variables of the tokenizer's chat template, such as `enable_thinking`.
         architecture: random weights for this Hugging Face configuration instead of a checkpoint.
         weights_seed: seed of those random weights.
         drafting: a folder with an EAGLE head and its frequency list; a name is one that apb ships.
@@ -51,10 +52,20 @@ class ModelConfig:
     sha256: str | None = None
     template: str = "auto"
     user_template: str = "{document}\n\n{question}"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     architecture: dict[str, Any] | None = None
     weights_seed: int = 0
     drafting: str | None = None
     shape: dict[str, int] | None = None
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """What `apb.prompts.template.build_prompt` is to be told of the model."""
+        return {
+            "template": self.template,
+            "user_template": self.user_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
 
     @property
     def shipped_folder(self) -> Path | None:

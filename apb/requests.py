@@ -73,8 +73,7 @@ class RequestReader:
             self.tokenizer,
             document,
             question,
-            template=self._config.model.template,
-            user_template=self._config.model.user_template,
+            **self._config.model.prompt_settings,
             answer_start=answer_start,
         )
         sampling = SamplingParams(**params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import shutil
 import signal
@@ -31,10 +32,12 @@ from apb.heartbeat import Beat, Board, Pulse, Stage
 from apb.log import configure_logging
 from apb.methods.decode import OWNER
 from apb.methods.plan import Reduced
+from apb.report import device_name
 from apb.runner import RequestRunner
 from apb.supervision import Report
 
 _PARENT_CHECK_S = 1.0
+_LOG = logging.getLogger(__name__)
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """Idle ranks wait out whole prefills; that a peer is gone shows at once, by its connection."""
 
@@ -120,6 +123,9 @@ def join_group(
     control = dist.new_group(backend="gloo") if world_size > 1 else None
     if pulse is not None:
         pulse.go_on()
+    if rank == 0:
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks, rank 0"
+        _LOG.info("%s on %s (%s)", ranks, device.type, device_name(device))
     settings: dict[str, Any] = {
         "defer_checks": device.type == "cuda",
         "pulse": pulse,

@@ -84,8 +84,7 @@ class Bench:
             self._tokenizer,
             document,
             question,
-            template=self._model.template,
-            user_template=self._model.user_template,
+            **self._model.prompt_settings,
         )
         job = HfJob(
             overrides=[f"model={self._name}", *self._overrides],

@@ -106,8 +106,7 @@ class Lab:
             self._tokenizer,
             case.document,
             case.question,
-            template=model.template,
-            user_template=model.user_template,
+            **model.prompt_settings,
         )
 
     def encode(self, text: str, *, at_start: bool = False) -> list[int]:

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line on the cluster; returns the exit code."""
-    # `ray job stop` asks with SIGTERM: then the ranks go before the driver does.
+    # `ray job stop` asks with SIGTERM and kills 3 seconds later: then the ranks go before the
+    # driver does, and a request is given up where `supervision.drain_s` is not longer than that.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if any(argument.startswith("input=") for argument in arguments):
         from apb.batch.__main__ import main as answer
     else:
         from apb.run import main as answer
-    return answer(["launcher=ray", *arguments])
+    return answer(["launcher=ray", "supervision.drain_s=1", *arguments])
 
 
 if __name__ == "__main__":

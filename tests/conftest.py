@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 
@@ -13,9 +14,16 @@ from poison import poisoned_empty
 from rank_pool import RankPool
 from triton_interpreter import use_interpreter
 
+_GPUS = "CUDA_VISIBLE_DEVICES"
+_VISIBLE_GPUS = pytest.StashKey[str | None]()
 
-def pytest_configure() -> None:
-    if not torch.cuda.is_available():
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.init()  # this process sees its GPUs; programs that tests start do not
+        config.stash[_VISIBLE_GPUS] = os.environ.get(_GPUS)
+        os.environ[_GPUS] = ""
+    else:
         use_interpreter()  # before any test imports a kernel
     settings.register_profile("apb", deadline=None)  # a busy machine is no fault of a test's
     settings.load_profile("apb")
@@ -30,6 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker(mark):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def gpus(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that the test starts see the machine's GPUs."""
+    monkeypatch.delenv(_GPUS)
+    visible = pytestconfig.stash[_VISIBLE_GPUS]
+    if visible is not None:
+        monkeypatch.setenv(_GPUS, visible)
 
 
 @pytest.fixture(autouse=True)

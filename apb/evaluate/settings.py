@@ -15,6 +15,7 @@ from apb.config import RunConfig, compose_config
 from apb.errors import InputError
 from apb.evaluate.match import match_all, match_part, word_f1
 from apb.evaluate.tasks import GROUPS, PROSE, TASKS
+from apb.launcher_config import RayLauncherConfig
 from apb.launchers.opening import default_world_size
 from apb.plugins import PLUGINS
 from apb.report import installed_versions
@@ -182,7 +183,10 @@ def _methods(
         given = [override for override in overrides if _applies(override, name)]
         own = [f"method={name}", *given, *label.split("+")[1:]]
         config = compose_config(own)
-        alone = (config.world_size or default_world_size(config)) == 1
+        on_cluster = isinstance(config.launcher, RayLauncherConfig)  # one rank per GPU of it
+        alone = config.world_size == 1 or (
+            config.world_size is None and not on_cluster and default_world_size(config) == 1
+        )
         if name in _IN_BLOCKS and config.num_blocks is None and alone:
             own.append(f"num_blocks={_NUM_BLOCKS}")
         methods[label] = tuple(own)

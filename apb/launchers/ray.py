@@ -97,7 +97,7 @@ class RayRanks(Ranks):
         self._actors[:] = [by_bundle[place.bundle] for place in self._places]
         check_versions(self._places, self._facts())
         host = self._places[OWNER].address
-        port: int = ray.get(self._actors[OWNER].host_store.remote(host))
+        port = self._store_port(host)
         nodes = [place.node for place in self._places]
         self._listen()
         self._runs = [
@@ -113,6 +113,15 @@ class RayRanks(Ranks):
                 zip(self._places, local_ranks(self._places), strict=True)
             )
         ]
+
+    def _store_port(self, host: str) -> int:
+        """Where the owner keeps what ranks meet at."""
+        try:
+            port: int = ray.get(self._actors[OWNER].host_store.remote(host))
+        except RayError as error:
+            failure = RankFailure(OWNER, host, Beat().place, _reason(error))
+            raise EngineDeadError.of(failure) from error
+        return port
 
     def _facts(self) -> list[dict[str, str]]:
         asked = [actor.facts.remote() for actor in self._actors]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from apb.agreement import from_owner, together
+from apb.comm import Communicator
 from apb.config import RunConfig
 from apb.errors import EngineDeadError, InputError, RequestError
 from apb.heartbeat import Stage
@@ -58,7 +60,7 @@ class TorchrunSession(Session):
         watching = partial(
             StoreWatch, pulse=pulse, rank=rank, world_size=world_size, config=config.supervision
         )
-        join = partial(join_group, rank, world_size, device, pulse=pulse, injector=injector)
+        join = partial(_join, rank, world_size, device, pulse=pulse, injector=injector)
         try:
             if world_size > 1 and agent_keeps_store():
                 start_s = config.supervision.start_s
@@ -108,6 +110,19 @@ class TorchrunSession(Session):
             self._watch.stop()
         self._leave()
         self._watch, self._leave = None, lambda: None
+
+
+def _join(rank: int, *args: Any, **kwargs: Any) -> tuple[Communicator, Callable[[], None]]:
+    """As `join_group`; networks are where it fails."""
+    try:
+        return join_group(rank, *args, **kwargs)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise EngineDeadError(
+            f"rank {rank} on {socket.gethostname()} could not meet the others ({reason}); where "
+            "host names do not lead to the right network, set GLOO_SOCKET_IFNAME and, for GPUs, "
+            "NCCL_SOCKET_IFNAME to the interface"
+        ) from error
 
 
 def _device_of_this_machine(config: RunConfig, rank: int) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,10 +52,9 @@ class Tokenizer(Protocol):
     ) -> Mapping[str, Any]:
         """Return a mapping whose `input_ids` are the ids of `text`."""
 
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], /, *, tokenize: bool, add_generation_prompt: bool
-    ) -> Any:
-        """Return the rendered text where `tokenize` is false."""
+    @property
+    def apply_chat_template(self) -> Callable[..., Any]:
+        """Renders turns, as text with ``tokenize=False``; the template has keywords of its own."""
 
     def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> Any:
         """Return the text of `token_ids`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from apb.errors import InputError
 from apb.prompts.base import PromptTokens, Tokenizer
@@ -38,6 +39,7 @@ def build_prompt(
     *,
     template: str = "auto",
     user_template: str = USER_TEMPLATE,
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     answer_start: str = "",
 ) -> PromptTokens:
     """Return the prompt that asks `question` about `document`.
@@ -46,7 +48,8 @@ def build_prompt(
     text; token ids are used as they are. `template` is `chat` (the tokenizer's own), `plain` (what
     the tokenizer starts every text with, `user_template`, a newline), `raw` (document and question
     and nothing else) or `auto` (`chat` if there is one). `user_template` says how both stand in the
-    user's turn and may itself use control tokens. The answer goes on from `answer_start`.
+    user's turn and may itself use control tokens. `chat_template_kwargs` are variables of the
+    tokenizer's own template. The answer goes on from `answer_start`.
 
     Raises:
         InputError: either part is empty or not encodable, or a template is unusable.
@@ -54,7 +57,7 @@ def build_prompt(
     use_chat = _use_chat(tokenizer, template)
     frame = _user_frame("{document}{question}" if template == "raw" else user_template)
     if use_chat:
-        frame = _chat_frame(tokenizer, frame)
+        frame = _chat_frame(tokenizer, frame, chat_template_kwargs)
         prefix = encode_markup(tokenizer, frame.before, at_start=True)
     elif template != "raw":
         prefix = start_ids(tokenizer) + encode_markup(tokenizer, frame.before)
@@ -96,11 +99,13 @@ def _user_frame(user_template: str) -> _Frame:
     return _Frame(before, between, after)
 
 
-def _chat_frame(tokenizer: Tokenizer, user: _Frame) -> _Frame:
+def _chat_frame(tokenizer: Tokenizer, user: _Frame, kwargs: Mapping[str, Any]) -> _Frame:
     content = user.before + _DOCUMENT_MARK + user.between + _QUESTION_MARK + user.after
     turns = [{"role": "user", "content": content}]
     try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **kwargs
+        )
     except Exception as error:  # a template is the model author's program and may raise anything
         raise InputError(
             f"the chat template cannot write a user turn ({error}); set model.template to plain"

@@ -80,7 +80,7 @@ def answer_requests(config: RunConfig, options: Options) -> None:
     """
     files = find_texts(options.data, field=options.field, setting="data")
     tokenizer, device = load_tokenizer(config.model), choose_device(config.device, 0)
-    template = {"template": config.model.template, "user_template": config.model.user_template}
+    template = config.model.prompt_settings
     prompts = _prompts(files, tokenizer, template, options)
     with closing(JsonLines(options.output, output=options.output, writer="run")) as journal:
         journal.drop_begun()
@@ -114,7 +114,7 @@ def answer_requests(config: RunConfig, options: Options) -> None:
 
 
 def _prompts(
-    files: Sequence[CorpusFile], tokenizer: Any, template: Mapping[str, str], options: Options
+    files: Sequence[CorpusFile], tokenizer: Any, template: Mapping[str, Any], options: Options
 ) -> Iterator[tuple[int, ...]]:
     """The same for the same files and options, spread over the files."""
     rng = random.Random(options.seed)

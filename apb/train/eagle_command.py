@@ -120,7 +120,7 @@ def train_eagle(config: RunConfig, options: Options, command: str) -> list[str]:
             seed=options.recipe.seed,
         ),
     )
-    template = {"template": config.model.template, "user_template": config.model.user_template}
+    template = config.model.prompt_settings
     lessons = chain(
         answered_lessons(answered, vocab_size=hf_config.vocab_size, max_tokens=_MAX_TOKENS),
         make_lessons(files, tokenizer, template, length=options.length, seed=options.recipe.seed),

@@ -58,7 +58,7 @@ def answered_lessons(
 def make_lessons(
     files: Sequence[CorpusFile],
     tokenizer: Any,
-    template: Mapping[str, str],
+    template: Mapping[str, Any],
     *,
     length: int,
     seed: int,
@@ -83,7 +83,7 @@ def make_lessons(
 
 
 def _lesson(
-    ids: list[int], tokenizer: Any, template: Mapping[str, str], length: int, rng: random.Random
+    ids: list[int], tokenizer: Any, template: Mapping[str, Any], length: int, rng: random.Random
 ) -> list[int]:
     kind = rng.randrange(3)
     if kind == 0 or len(ids) < length // 2:

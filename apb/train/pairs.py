@@ -43,7 +43,7 @@ class Reader:
     """Turns pairs into readings for one model."""
 
     def __init__(
-        self, tokenizer: Any, template: Mapping[str, str], *, length: int, query_aware: bool
+        self, tokenizer: Any, template: Mapping[str, Any], *, length: int, query_aware: bool
     ) -> None:
         self._tokenizer, self._template = tokenizer, template
         self.length, self._query_aware = length, query_aware

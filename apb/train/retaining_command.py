@@ -147,7 +147,7 @@ def _readings(config: RunConfig, options: Options, max_positions: int) -> list[R
         )
     reader = Reader(
         load_tokenizer(config.model),
-        {"template": config.model.template, "user_template": config.model.user_template},
+        config.model.prompt_settings,
         length=options.length or min(_LENGTH, max_positions),
         query_aware=options.query_aware,
     )

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from apb import LLM, EngineDeadError, InputError, RequestError, SamplingParams
 from apb.hf.byte_tokenizer import byte_tokenizer
+from apb.output import RequestOutput
 from apb.prompts.template import build_prompt
 from retaining_heads import published, random_heads, tiny_shape
 
@@ -134,9 +135,33 @@ def test_trained_heads_select_alike_on_any_number_of_ranks(tmp_path: Path) -> No
 
 
 def test_pieces_of_a_stream_make_up_the_answer(llm: LLM) -> None:
-    assert (
-        "".join(llm.stream(DOCUMENT, QUESTION, PARAMS)) == llm.ask(DOCUMENT, QUESTION, PARAMS).text
-    )
+    whole: list[RequestOutput] = []
+
+    def stream() -> Iterator[str]:
+        whole.append((yield from llm.stream(DOCUMENT, QUESTION, PARAMS)))
+
+    text = "".join(stream())
+    asked = llm.ask(DOCUMENT, QUESTION, PARAMS)
+    assert text == asked.text
+    [streamed] = whole
+    assert (streamed.text, streamed.token_ids) == (asked.text, asked.token_ids)
+    assert streamed.finish_reason == asked.finish_reason
+
+
+def test_decoding_without_params_follows_the_settings() -> None:
+    settings: dict[str, Any] = {"max_tokens": 6, "temperature": 1.0, "ignore_eos": True}
+    overrides = [f"decode.{name}={str(value).lower()}" for name, value in settings.items()]
+    with tiny(world_size=1, overrides=["seed=3", *overrides]) as ranks:
+        found = ranks.ask(DOCUMENT, QUESTION).token_ids
+        assert found == ranks.ask(DOCUMENT, QUESTION, SamplingParams(**settings, seed=3)).token_ids
+        other = ranks.ask(DOCUMENT, QUESTION, SamplingParams(**settings, seed=4)).token_ids
+    assert len(found) == 6
+    assert found != other
+
+
+def test_a_model_may_be_given_as_a_path(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=tmp_path.name):
+        LLM(tmp_path, world_size=1)
 
 
 def test_a_closed_stream_leaves_the_ranks_ready(llm: LLM) -> None:

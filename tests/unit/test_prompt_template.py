@@ -276,6 +276,13 @@ def test_user_template_without_both_fields_in_order_is_refused(user_template: st
     assert message.startswith(f"user_template={user_template!r} must hold {{document}} and, after")
 
 
+def test_variables_of_the_chat_template_reach_it_and_the_text_around_the_question() -> None:
+    tokenizer = with_template("{{ messages[0].content }}{% if not thinking %}<|im_end|>{% endif %}")
+    silent = build_prompt(tokenizer, "d", "q", chat_template_kwargs={"thinking": False})
+    loud = build_prompt(tokenizer, "d", "q", chat_template_kwargs={"thinking": True})
+    assert decoded(silent.query_ids) == decoded(loud.query_ids) + "<|im_end|>"
+
+
 def test_unknown_and_missing_templates_are_refused() -> None:
     assert error_of(template="chatml").startswith("template='chatml' is none of auto, chat, plain")
     message = error_of(tokenizer=with_template(None), template="chat")
