@@ -6,13 +6,13 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from apb.agreement import from_owner, together
-from apb.comm import Communicator
 from apb.config import RunConfig
 from apb.errors import EngineDeadError, InputError, RequestError
 from apb.heartbeat import Stage
@@ -60,17 +60,18 @@ class TorchrunSession(Session):
         watching = partial(
             StoreWatch, pulse=pulse, rank=rank, world_size=world_size, config=config.supervision
         )
-        join = partial(_join, rank, world_size, device, pulse=pulse, injector=injector)
+        join = partial(join_group, rank, world_size, device, pulse=pulse, injector=injector)
         try:
-            if world_size > 1 and agent_keeps_store():
-                start_s = config.supervision.start_s
-                prefix = fresh_prefix(open_store(), rank, world_size, timeout_s=start_s)
-                self._watch = watching(open_store(f"{prefix}/watch"))
-                self._comm, self._leave = join(store=open_store(f"{prefix}/group"))
-            else:
-                self._comm, self._leave = join()
-                if world_size > 1 and "MASTER_ADDR" in os.environ:
-                    self._watch = watching(open_store("apb/watch"))
+            with _meeting(rank):
+                if world_size > 1 and agent_keeps_store():
+                    start_s = config.supervision.start_s
+                    prefix = fresh_prefix(open_store(), rank, world_size, timeout_s=start_s)
+                    self._watch = watching(open_store(f"{prefix}/watch"))
+                    self._comm, self._leave = join(store=open_store(f"{prefix}/group"))
+                else:
+                    self._comm, self._leave = join()
+                    if world_size > 1 and "MASTER_ADDR" in os.environ:
+                        self._watch = watching(open_store("apb/watch"))
             # A model folder may be missing on one machine alone, which rank 0 has to say.
             read = partial(RequestRunner, config, self._comm, pulse)
             self._runner = together(self._comm, "start", read)
@@ -112,16 +113,17 @@ class TorchrunSession(Session):
         self._watch, self._leave = None, lambda: None
 
 
-def _join(rank: int, *args: Any, **kwargs: Any) -> tuple[Communicator, Callable[[], None]]:
-    """As `join_group`; networks are where it fails."""
+@contextmanager
+def _meeting(rank: int) -> Iterator[None]:
+    """What goes wrong while ranks meet, in one sentence."""
     try:
-        return join_group(rank, *args, **kwargs)
+        yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise EngineDeadError(
-            f"rank {rank} on {socket.gethostname()} could not meet the others ({reason}); where "
-            "host names do not lead to the right network, set GLOO_SOCKET_IFNAME and, for GPUs, "
-            "NCCL_SOCKET_IFNAME to the interface"
+            f"rank {rank} on {socket.gethostname()} could not meet the others ({reason}): another "
+            "may have said why; where host names do not lead to the right network, set "
+            "GLOO_SOCKET_IFNAME and, for GPUs, NCCL_SOCKET_IFNAME to the interface"
         ) from error
 
 
