@@ -20,7 +20,7 @@ from apb.supervision import Blame, Report, Stall, SupervisionConfig, Watcher, fi
 
 _POLL_S = 0.25
 _CANCEL_S = 10.0
-"""How long a cancelled request may go on; a layer of a prefill can take longer."""
+"""How long a cancelled request may go on, where no layer is expected to take long."""
 
 
 class Ranks(ABC):
@@ -123,6 +123,7 @@ class GangSession(Session):
             reduced: where these ranks are what is left of more.
         """
         self._ranks, self._watcher = ranks, Watcher(supervision)
+        self._slack = supervision.slack
         self._failure: EngineDeadError | None = None
         self._busy, self._requests = False, 0
         self._greetings = 1
@@ -203,7 +204,8 @@ class GangSession(Session):
     def _cancel(self) -> None:
         """End a request whose caller has stopped listening, and drop what it still says."""
         self._ranks.post(json.dumps({"op": "cancel"}).encode(), [OWNER])
-        deadline = time.monotonic() + _CANCEL_S
+        layer_s = self._ranks.beats()[OWNER].expected_ms / 1000
+        deadline = time.monotonic() + max(_CANCEL_S, self._slack * layer_s)
         try:
             while "result" not in self._next_reply(deadline):
                 pass
