@@ -94,6 +94,7 @@ class ApbLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **self._llm.config.model.chat_template_kwargs,
         )
         return str(text)
 
