@@ -45,7 +45,7 @@ def error_of(
     document: str | Sequence[int] = "d",
     question: str | Sequence[int] = "q",
     tokenizer: Tokenizer = TOKENIZER,
-    **settings: str,
+    **settings: Any,
 ) -> str:
     with pytest.raises(InputError) as caught:
         build_prompt(tokenizer, document, question, **settings)

@@ -22,7 +22,7 @@ from apb.train.questions import Pair, make_pair
 from apb.train.records import record_pairs
 
 TOKENIZER = byte_tokenizer()
-TEMPLATE = {"template": "chat", "user_template": USER_TEMPLATE}
+TEMPLATE: dict[str, Any] = {"template": "chat", "user_template": USER_TEMPLATE}
 PAIR = Pair("A document. " * 20, "Who?", "Nobody.")
 RECORD = {"document": PAIR.document, "question": "Who?", "answer": "Nobody."}
 TEXT = " ".join(
