@@ -29,6 +29,7 @@ SLURM = {
     "SLURM_NODEID": "1",
     "SLURM_GPUS_ON_NODE": "8",
     "SLURM_JOB_ID": "4242",
+    "SLURM_CPUS_PER_TASK": "64",
 }
 SKYPILOT = {
     "SKYPILOT_NUM_NODES": "2",
@@ -122,6 +123,13 @@ def test_every_machine_is_told_where_rank_0_is_and_which_it_is_itself(stand_ins:
         assert 1024 < int(given["--master-port"]) < 32768
         assert given["--nproc-per-node"] == ranks
         compose_config(words[words.index("-m") + 2 :])
+
+
+def test_srun_is_told_of_the_cores_that_it_does_not_take_over(stand_ins: Path) -> None:
+    (stand_ins / "srun").write_text('#!/usr/bin/env bash\necho "${SRUN_CPUS_PER_TASK:-none}"\n')
+    assert torchrun_words(stand_ins, "exec launch/slurm.sbatch", SLURM) == ["64"]
+    unasked = {name: value for name, value in SLURM.items() if name != "SLURM_CPUS_PER_TASK"}
+    assert torchrun_words(stand_ins, "exec launch/slurm.sbatch", unasked) == ["none"]
 
 
 def test_a_multi_node_script_says_what_is_missing(stand_ins: Path) -> None:
