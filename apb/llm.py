@@ -130,8 +130,7 @@ class LLM:
             EngineDeadError: the ranks are gone; others follow unless ``on_failure=stop``.
         """
         with self._request():
-            arguments = self._ask_arguments(document, question, params, answer_start)
-            replies = self._session.call("ask", **arguments, **self._limits(timeout_s))
+            replies = self._asked(document, question, params, answer_start, timeout_s)
             return RequestOutput.from_json(_result(replies))
 
     def stream(
@@ -148,10 +147,9 @@ class LLM:
         The whole is the generator's value: ``output = yield from llm.stream(...)``.
         """
         with self._request():
-            arguments = self._ask_arguments(document, question, params, answer_start)
             reply: dict[str, Any] = {}
-            arguments |= self._limits(timeout_s)
-            with closing(self._session.call("ask", **arguments)) as replies:
+            replies = self._asked(document, question, params, answer_start, timeout_s)
+            with closing(replies):
                 for reply in replies:
                     if reply.get("piece"):
                         yield reply["piece"]
@@ -218,21 +216,25 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _ask_arguments(
+    def _asked(
         self,
         document: Tokens,
         question: Tokens,
         params: SamplingParams | None,
         answer_start: str,
-    ) -> dict[str, Any]:
+        timeout_s: float | None,
+    ) -> Generator[dict[str, Any], None, None]:
+        """The ranks' replies to a question."""
         if params is None:
             params = self.config.decode.sampling_params(seed=self.config.seed)
-        return {
-            "document": _plain(document),
-            "question": _plain(question),
-            "answer_start": answer_start,
-            "params": asdict(params),
-        }
+        return self._session.call(
+            "ask",
+            document=_plain(document),
+            question=_plain(question),
+            answer_start=answer_start,
+            params=asdict(params),
+            **self._limits(timeout_s),
+        )
 
     def _limits(self, timeout_s: float | None) -> dict[str, float]:
         timeout_s = self.config.request_timeout_s if timeout_s is None else timeout_s

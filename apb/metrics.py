@@ -80,6 +80,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads_per_rank(num_ranks: int) -> int:
+    """A rank's share of those cores, where all of them are on this machine."""
+    return max(1, usable_cores() // num_ranks)
+
+
 def used_memory(device: torch.device) -> int:
     """Bytes that are in use now: of CUDA's allocator, or the resident set (0 where nobody says)."""
     if device.type == "cuda":

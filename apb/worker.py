@@ -125,7 +125,7 @@ def join_group(
         pulse.go_on()
     if rank == 0:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks, rank 0"
-        _LOG.info("%s on %s (%s)", ranks, device.type, device_name(device))
+        _LOG.info("%s on %s", ranks, device_name(device))
     settings: dict[str, Any] = {
         "defer_checks": device.type == "cuda",
         "pulse": pulse,

@@ -8,13 +8,13 @@ GPU the report says so and carries what the compiler makes of the kernels.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from apb.hf.model import DTYPES
+from apb.metrics import usable_cores
 from apb.worker import choose_device
 from benchmarks.attention_cases import (
     Heads,
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Path:
     contestants = backends(scene)
     checked = list(check_backends(contestants, scene))
     print(*checked, sep="\n", file=sys.stderr)
-    compiled = [] if args.no_compile else compile_table(os.cpu_count() or 1)
+    compiled = [] if args.no_compile else compile_table(usable_cores())
     watch = Stopwatch(device, args.repeats)
     is_small = device.type == "cpu"
     times = [

@@ -19,6 +19,7 @@ from apb import LLM, SamplingParams
 from apb.config import compose_config
 from apb.errors import ApbError
 from apb.hf.model import DTYPES, load_config
+from apb.metrics import threads_per_rank
 from apb.plot import plot_lines
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.report import Spread, print_report, report_stem, table, write_report
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> Path:
         ApbError: exact methods disagree, or a run failed.
     """
     environment = Environment.read("benchmarks.break_even")
-    threads = max(1, (os.cpu_count() or 1) // args.ranks)
+    threads = threads_per_rank(args.ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     shared = [f"dtype={args.dtype}", "allow_beyond_context=true", *args.override]
     config = compose_config([f"model={args.model}", *shared])

@@ -7,7 +7,6 @@ ranks would send. Its seconds are those of the machine at hand; transfers are mo
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from apb.calibration import known_rates
 from apb.cost import Rates
 from apb.errors import ApbError, InputError
 from apb.hf.model import DTYPES
+from apb.metrics import threads_per_rank
 from apb.report import rank_layout
 from apb.worker import choose_device
 from benchmarks.critical_path_check import gate, validate
@@ -106,7 +106,7 @@ def run_validation(args: argparse.Namespace) -> Path:
         ApbError: the slowest rank's replay takes longer or shorter than the real one.
     """
     environment = Environment.read("benchmarks.critical_path")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.ranks))
+    torch.set_num_threads(threads_per_rank(args.ranks))
     scene = _scene(args, torch.device("cpu"))
     settings = _settings(args)
     runs = validate(

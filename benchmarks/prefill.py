@@ -7,7 +7,6 @@ measurement has fresh processes and the machine to itself; variants alternate wi
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from apb.config import compose_config
 from apb.errors import ApbError
 from apb.hf.model import DTYPES, load_config
+from apb.metrics import usable_cores
 from apb.packed import has_fast_bf16
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.memory import Sizes
@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _variants(args: argparse.Namespace) -> list[Variant]:
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     blocks = f"num_blocks={args.blocks}"
     variants = [
         Variant("hf", "Hugging Face `sdpa`", ranks=1, threads=threads),

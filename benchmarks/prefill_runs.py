@@ -18,6 +18,7 @@ from apb import LLM, SamplingParams
 from apb.config import compose_config
 from apb.errors import ApbError
 from apb.hf.tokenizer import load_tokenizer
+from apb.metrics import usable_cores
 from apb.prompts.template import build_prompt
 from benchmarks.environment import ROOT
 from benchmarks.memory import RankMemory, Sizes, settled_children
@@ -168,7 +169,7 @@ def gate(model: str, overrides: Sequence[str], *, vocab_size: int) -> float:
     rng = random.Random(0)
     document = rng.choices(range(vocab_size), k=_GATE_DOCUMENT)
     continuation = rng.choices(range(vocab_size), k=_GATE_CONTINUATION)
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     job = HfJob(
         overrides=[f"model={model}", *overrides],
         token_ids=document + continuation,

@@ -20,6 +20,7 @@ from pathlib import Path
 from apb.config import compose_config
 from apb.errors import ApbError
 from apb.hf.checkpoint import Checkpoint
+from apb.metrics import threads_per_rank
 from apb.model_config import ModelConfig
 from benchmarks.chart import Bars
 from benchmarks.environment import REPORTS, ROOT, Environment
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> Path:
         ApbError: a process failed, or answers differ.
     """
     environment = Environment.read("benchmarks.startup")
-    threads = max(1, (os.cpu_count() or 1) // args.ranks)
+    threads = threads_per_rank(args.ranks)
     overrides = [f"model={args.model}", f"world_size={args.ranks}", "launcher=local"]
     overrides += [f"device={args.device}", "drafter=none", *args.override]
     files = list(_files(compose_config(overrides).model))

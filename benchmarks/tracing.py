@@ -15,6 +15,7 @@ from pathlib import Path
 
 from apb import LLM, SamplingParams
 from apb.errors import ApbError
+from apb.metrics import threads_per_rank
 from benchmarks.chart import Bars
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.report import Estimate, Spread, print_report, table, write_report
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> Path:
         ApbError: a trace changes the answer, or a rank failed.
     """
     environment = Environment.read("benchmarks.tracing")
-    threads = max(1, (os.cpu_count() or 1) // args.ranks)
+    threads = threads_per_rank(args.ranks)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     # Without drafts, whose number follows measured times, all requests are the same work.
     overrides = [f"model={args.model}", f"world_size={args.ranks}", "launcher=local"]

@@ -30,7 +30,7 @@ from apb.heartbeat import Beat, Board
 from apb.launchers.gang import Ranks
 from apb.launchers.process_state import is_stopped
 from apb.listening import LOOPBACK, listen_on
-from apb.metrics import usable_cores
+from apb.metrics import threads_per_rank
 
 _EXIT_S = 5.0
 _STACK_S = 1.0
@@ -165,7 +165,7 @@ def start_rank(rank: int, world_size: int, gpu: int) -> RankProcess:
         "APB_CONNECTION": str(theirs.fileno()),
         "APB_DRIVER": str(os.getpid()),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // world_size)))
+    environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(world_size)))
     # The ranks are all here, and a host name that does not resolve must not keep them apart.
     listen_on(LOOPBACK, environment)
     process = subprocess.Popen(

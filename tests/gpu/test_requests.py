@@ -27,20 +27,20 @@ METHODS = {
 OVER_RANKS = METHODS | {name: [f"method={name}"] for name in ("ring", "zigzag", "ulysses")}
 
 
-def ask(settings: Sequence[str], *, device: str, world_size: int) -> RequestOutput:
-    overrides = [*SETTINGS, *settings]
-    with LLM("tiny", device=device, world_size=world_size, overrides=overrides) as llm:
-        return llm.ask(DOCUMENT, QUESTION, PARAMS)
+def assert_as_on_the_cpu(settings: Sequence[str], *, world_size: int) -> None:
+    answers: dict[str, RequestOutput] = {}
+    for device in ("cpu", "cuda"):
+        overrides = [*SETTINGS, *settings]
+        with LLM("tiny", device=device, world_size=world_size, overrides=overrides) as llm:
+            answers[device] = llm.ask(DOCUMENT, QUESTION, PARAMS)
+    assert answers["cuda"].token_ids == answers["cpu"].token_ids
+    assert answers["cuda"].metrics.device == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize("drafter", ["none", "hybrid"])
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
 def test_a_gpu_answers_as_the_cpu_does(settings: list[str], drafter: str) -> None:
-    settings = [*settings, f"drafter={drafter}"]
-    expected = ask(settings, device="cpu", world_size=1)
-    found = ask(settings, device="cuda", world_size=1)
-    assert found.token_ids == expected.token_ids
-    assert "cuda" in found.metrics.device
+    assert_as_on_the_cpu([*settings, f"drafter={drafter}"], world_size=1)
 
 
 def test_the_same_request_again_finds_the_memory_that_the_first_one_left() -> None:
@@ -55,10 +55,7 @@ def test_the_same_request_again_finds_the_memory_that_the_first_one_left() -> No
 @pytest.mark.parametrize("placement", ["sharded", "rank0"])
 @pytest.mark.parametrize("settings", OVER_RANKS.values(), ids=OVER_RANKS)
 def test_ranks_over_nccl_answer_as_over_gloo(settings: list[str], placement: str) -> None:
-    settings = [*settings, f"decode.placement={placement}"]
-    expected = ask(settings, device="cpu", world_size=2)
-    found = ask(settings, device="cuda", world_size=2)
-    assert found.token_ids == expected.token_ids
+    assert_as_on_the_cpu([*settings, f"decode.placement={placement}"], world_size=2)
 
 
 @on_two_gpus

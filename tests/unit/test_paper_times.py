@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import pytest
 
 from apb.config import compose_config
-from apb.cost import CostModel, ModelShape
+from apb.cost import CostModel
 from apb.hardware import HARDWARE
 from apb.methods.plan import PlanRequest
 from pages import ROOT, code_spans, table_rows
+from plans import LLAMA_8B
 
-SHAPE = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 K = 1024
 PAPER = ("method=apb", "method.anchor=replicated", "method.layout=even")
 PREFILL_S: Mapping[str, Mapping[int, float]] = {
@@ -44,12 +44,12 @@ def predicted_s(name: str, thousands: int) -> float:
     elif name == "star":
         overrides.append("method.anchor=replicated")
     world_size = 1 if name == "full" else 8
-    costs = CostModel(shape=SHAPE, rates=HARDWARE["a800"].rates("a800", world_size), itemsize=2)
+    costs = CostModel(shape=LLAMA_8B, rates=HARDWARE["a800"].rates("a800", world_size), itemsize=2)
     method = compose_config(["model=llama3-8b", *overrides]).method.build(seed=0)
     plan = method.plan(
         PlanRequest(context_len=thousands * K, world_size=world_size, query_len=32, costs=costs)
     )
-    return costs.prefill_s(method.workloads(plan, SHAPE))
+    return costs.prefill_s(method.workloads(plan, LLAMA_8B))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_prefill_times_are_the_paper_s(name: str, thousands: int) -> None:
 
 @pytest.mark.parametrize("name", LAYER_MS)
 def test_a_layer_takes_as_long_as_the_paper_s(name: str) -> None:
-    ratio = 1e3 * predicted_s(name, 128) / SHAPE.num_layers / LAYER_MS[name]
+    ratio = 1e3 * predicted_s(name, 128) / LLAMA_8B.num_layers / LAYER_MS[name]
     assert abs(ratio - 1) <= WITHIN
 
 
