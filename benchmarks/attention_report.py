@@ -10,12 +10,13 @@ from importlib.util import find_spec
 
 import torch
 
+from apb.markdown import table
 from apb.plot import Interval
 from benchmarks.attention_cases import Scene
 from benchmarks.attention_runs import Time
 from benchmarks.chart import Bars, Chart
 from benchmarks.environment import ROOT, Environment
-from benchmarks.report import Spread, table
+from benchmarks.report import Spread
 
 
 def compile_table(processes: int) -> list[str]:

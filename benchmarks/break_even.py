@@ -19,10 +19,11 @@ from apb import LLM, SamplingParams
 from apb.config import compose_config
 from apb.errors import ApbError
 from apb.hf.model import DTYPES, load_config
+from apb.markdown import table
 from apb.metrics import threads_per_rank
 from apb.plot import plot_lines
 from benchmarks.environment import REPORTS, Environment
-from benchmarks.report import Spread, print_report, report_stem, table, write_report
+from benchmarks.report import Spread, print_report, report_stem, write_report
 
 EXACT: Mapping[str, tuple[str, ...]] = {
     "full": ("method=full",),

@@ -21,6 +21,7 @@ from apb.compress.retaining_head import RetainingHeadCompressor
 from apb.errors import ApbError, InputError
 from apb.hf.model import DTYPES
 from apb.layout import Block
+from apb.markdown import table
 from apb.methods.plan import PrefillPlan
 from apb.plugins import PLUGINS
 from apb.worker import choose_device
@@ -29,7 +30,7 @@ from benchmarks.critical_path_probe import Clock
 from benchmarks.critical_path_runs import Bench, Case, median_run
 from benchmarks.critical_path_variants import SHAPES, Scene, Variant
 from benchmarks.environment import REPORTS, Environment
-from benchmarks.report import Spread, print_report, table, write_report
+from benchmarks.report import Spread, print_report, write_report
 
 _COMPRESSORS = PLUGINS["method/compressor"]
 _BARS = {"cpu": 0.08, "cuda": 0.04}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apb.markdown import table
 from benchmarks.chart import Bars, Chart
 from benchmarks.critical_path_probe import Phase
 from benchmarks.critical_path_runs import RankRun, Way, median_run
 from benchmarks.critical_path_variants import VARIANTS, Scene
 from benchmarks.environment import Environment
-from benchmarks.report import table
 
 MAX_DEVIATION = 0.15
 """By how much a replayed rank's time may differ from the real one's."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from apb import LLM, SamplingParams
+from apb.markdown import table
 from apb.output import RequestOutput
 from apb.trace.records import Phase, Span
 from benchmarks.decode_tasks import Task
-from benchmarks.report import table
 
 RANKS = 2
 SAMPLES = 2

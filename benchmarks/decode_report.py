@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apb.markdown import table
 from apb.plot import Interval
 from benchmarks.chart import Bars, Chart
 from benchmarks.decode_runs import HF_LOOKUP_TOKENS, Run
 from benchmarks.environment import Environment
-from benchmarks.report import Estimate, table
+from benchmarks.report import Estimate
 
 
 def render(

@@ -19,12 +19,13 @@ from apb.comm import Communicator
 from apb.errors import InputError
 from apb.hf.model import DTYPES
 from apb.link_bench import run_ranks
+from apb.markdown import table
 from apb.methods.wire import WireFormat
 from benchmarks.chart import Lines
 from benchmarks.critical_path_variants import SHAPES
 from benchmarks.environment import REPORTS, Environment
 from benchmarks.exchange_rank import Case, Seconds, run_exchanges, run_small
-from benchmarks.report import Spread, print_report, table, write_report
+from benchmarks.report import Spread, print_report, write_report
 
 _SMALL_REPEATS = 50
 _TIMEOUT_S = 1800.0

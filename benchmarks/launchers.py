@@ -19,9 +19,10 @@ from pathlib import Path
 
 from apb import LLM, RequestOutput, SamplingParams
 from apb.errors import ApbError
+from apb.markdown import table
 from benchmarks.chart import Bars
 from benchmarks.environment import REPORTS, ROOT, Environment
-from benchmarks.report import Spread, print_report, table, write_report
+from benchmarks.report import Spread, print_report, write_report
 
 LAUNCHERS = ("torchrun", "local", "ray")
 _MAX_PREFILL = 1.05

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from apb.markdown import table
 from benchmarks.environment import Environment
 from benchmarks.overlap_rank import LayerTimes
-from benchmarks.report import Spread, table
+from benchmarks.report import Spread
 
 _BAR = 0.2
 _MODE = {True: "overlap", False: "in turn"}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apb.markdown import table
 from benchmarks.chart import Chart, Lines
 from benchmarks.environment import Environment
 from benchmarks.memory import RankMemory, Sizes
 from benchmarks.prefill_runs import Run, Variant
-from benchmarks.report import Spread, table
+from benchmarks.report import Spread
 
 _MAX_EXCESS = 0.15
 _MAX_LOAD_S = 15.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from apb.markdown import table
 from benchmarks.quality_report import QUANTITIES
 from benchmarks.quality_tasks import PROSE, Row
-from benchmarks.report import Estimate, table
+from benchmarks.report import Estimate
 
 _BASELINES = ("random", "knorm")
 _PREFIX = "apb-"

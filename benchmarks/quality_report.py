@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from apb.markdown import table
 from apb.plot import Interval
 from benchmarks.chart import Bars, Chart
 from benchmarks.environment import Environment
 from benchmarks.quality_lab import REFERENCE
 from benchmarks.quality_tasks import CONTINUATION_LEN, MAX_ANSWER_TOKENS, PROSE, Row
-from benchmarks.report import Estimate, table
+from benchmarks.report import Estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

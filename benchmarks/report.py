@@ -1,4 +1,4 @@
-"""Statistics as a report states them, Markdown tables, and the two files of a report."""
+"""Statistics as a report states them, and the two files of a report."""
 
 from __future__ import annotations
 
@@ -58,12 +58,6 @@ class Spread(NamedTuple):
     def interval(self, scale: float = 1.0) -> Interval:
         """As a chart wants it."""
         return Interval(0.0, *(scale * value for value in self))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def report_stem(benchmark: str, model: str) -> str:

@@ -20,11 +20,12 @@ from pathlib import Path
 from apb.config import compose_config
 from apb.errors import ApbError
 from apb.hf.checkpoint import Checkpoint
+from apb.markdown import table
 from apb.metrics import threads_per_rank
 from apb.model_config import ModelConfig
 from benchmarks.chart import Bars
 from benchmarks.environment import REPORTS, ROOT, Environment
-from benchmarks.report import Spread, print_report, table, write_report
+from benchmarks.report import Spread, print_report, write_report
 
 STATES = ("cold", "warm")
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "apb")

@@ -27,9 +27,10 @@ import torch
 from apb.config import named_model
 from apb.errors import ApbError, InputError
 from apb.hf.checkpoint import Checkpoint
+from apb.markdown import table
 from benchmarks.catalogue import CPU_JOBS, GPU_JOBS, Job
 from benchmarks.environment import REPORTS, ROOT, Environment, hardware_slug
-from benchmarks.report import print_report, table, write_report
+from benchmarks.report import print_report, write_report
 
 _MODEL = "smollm2-135m"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "": 60}

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from apb import LLM, SamplingParams
 from apb.errors import ApbError
+from apb.markdown import table
 from apb.metrics import threads_per_rank
 from benchmarks.chart import Bars
 from benchmarks.environment import REPORTS, Environment
-from benchmarks.report import Estimate, Spread, print_report, table, write_report
+from benchmarks.report import Estimate, Spread, print_report, write_report
 
 _BAR_PERCENT = 3.0
 _MODES = {"without": "trace=false", "with": "trace=true"}

@@ -12,6 +12,7 @@ from apb.evaluate.prose import PASSAGES
 from apb.evaluate.settings import Settings
 from apb.evaluate.summary import Entry, Summary
 from apb.evaluate.tasks import PROSE
+from apb.markdown import table
 from apb.report import installed_versions
 
 
@@ -150,12 +151,6 @@ def _times(summary: Summary) -> Iterator[str]:
     if rows:
         yield from ("", "## Seconds", "", "Means over samples, as they came:", "")
         yield from table(["method", "tokens", "prefill", "to the first token"], rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _has(summary: Summary, quantity: str, task: str | None, length: int | None = None) -> bool:

@@ -18,7 +18,7 @@ ROWS = [
     {"header", "trace"},
     {"layout", "balance", "cost", "comm", "cache", "metrics", "sampling", "prompts", "rotary"}
     | {"log", "output", "progress", "model_config", "launcher_config", "corpus", "arguments"}
-    | {"packed", "plot", "supervision", "drain", "json_lines", "revision"},
+    | {"packed", "plot", "supervision", "drain", "json_lines", "revision", "markdown"},
     {"attention"},
     {"compress"},
     {"methods", "speculate"},
