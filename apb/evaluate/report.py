@@ -172,4 +172,5 @@ def _compared(difference: Difference | None, scale: float, digits: int) -> list[
     assert difference is not None, "the baseline is not compared with itself"
     mean, low, high = (f"{scale * part:+.{digits}f}" for part in difference[1:4])
     wins, losses = f"{difference.wins}", f"{difference.losses}"
-    return [f"{mean} [{low}, {high}]", wins, losses, f"{difference.p:.3f}"]
+    p = "<0.001" if difference.p < 0.0005 else f"{difference.p:.3f}"
+    return [f"{mean} [{low}, {high}]", wins, losses, p]
